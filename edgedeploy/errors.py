@@ -1,0 +1,125 @@
+"""Every exception of edgedeploy, and the exit code that each means.
+
+Whose fault an error is decides its class, so that a script can decide from the exit code alone what to do next::
+
+    EdgedeployError
+    ├── UsageError              2   the person: a flag, a file, a name
+    │   └── DocumentError       2   a file that people or machines write is not what it should be
+    ├── ModelError              3   the model: cannot be loaded, exported or kept faithful
+    │   ├── UntrustedPickle     3
+    │   ├── WeightsMismatch     3
+    │   └── FidelityError       3
+    ├── ToolchainError          3   what runs on the host to build
+    │   ├── BackendMissing      3
+    │   └── CompileError        3
+    ├── DeviceError             3   the device or the way to it
+    │   ├── DeviceUnreachable   3   could not be reached, or refused us
+    │   ├── TransferError       3   a file did not arrive
+    │   ├── DeviceBusy          3   another lease holds it
+    │   └── VisitFailed         3   the runner or its child died, hung or refused
+    └── InternalError          70   us
+
+Exit code 1 (the gate says no) and 4 (inconclusive) are verdicts, not errors.
+"""
+
+from __future__ import annotations
+
+
+class EdgedeployError(Exception):
+    """An error whose text is a sentence for the person at the terminal."""
+
+    exit_code = 3
+
+
+class UsageError(EdgedeployError):
+    """What the person asked for cannot be meant."""
+
+    exit_code = 2
+
+
+class DocumentError(UsageError):
+    """A release file, lab file, manifest, run or data set is not what it should be."""
+
+
+class ModelError(EdgedeployError):
+    """The model cannot be loaded, exported or shown to be faithful."""
+
+
+class UntrustedPickle(ModelError):
+    """A file can only be read by running code that it contains."""
+
+
+class WeightsMismatch(ModelError):
+    """The weights do not fit the model."""
+
+
+class FidelityError(ModelError):
+    """A converted model does not compute what its source computes."""
+
+
+class ToolchainError(EdgedeployError):
+    """A tool on the host that is needed to build is missing or failed."""
+
+
+class BackendMissing(ToolchainError):
+    """A runtime or converter is not installed here."""
+
+
+class CompileError(ToolchainError):
+    """A back end could not compile the model.
+
+    Args:
+        message: what happened.
+        backend: the back end's name.
+        node: the node in the graph, where known.
+        op: the operator, where known.
+        hint: what to do next.
+    """
+
+    def __init__(self, message: str, *, backend: str, node: str = "", op: str = "", hint: str = "") -> None:
+        self.backend, self.node, self.op, self.hint = backend, node, op, hint
+        where = f" at node {node!r}" if node else ""
+        what = f" ({op})" if op else ""
+        then = f"; {hint}" if hint else ""
+        super().__init__(f"{backend} could not compile the model{where}{what}: {message}{then}")
+
+
+class DeviceError(EdgedeployError):
+    """The device, or the way to it, failed.
+
+    Attributes:
+        measured: what the block that was interrupted had measured until then, marked as dropped.
+    """
+
+    measured: tuple[object, ...] = ()
+
+
+class DeviceUnreachable(DeviceError):
+    """The device could not be reached, or would not let us in."""
+
+
+class TransferError(DeviceError):
+    """A file did not arrive whole on the device, or back."""
+
+
+class DeviceBusy(DeviceError):
+    """Somebody else holds the device."""
+
+
+class VisitFailed(DeviceError):
+    """The runner or its child died, hung, or refused the job.
+
+    Args:
+        message: what happened.
+        kind: a word for programs: "died", "timeout", "missing-runtime", "bad-artifact", "bad-input" ...
+    """
+
+    def __init__(self, message: str, *, kind: str = "") -> None:
+        self.kind = kind
+        super().__init__(message)
+
+
+class InternalError(EdgedeployError):
+    """A bug in edgedeploy."""
+
+    exit_code = 70

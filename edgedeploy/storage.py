@@ -1,0 +1,68 @@
+"""Where things are kept and how they are written: digests, atomic writes, user directories."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` that takes its place only if the block succeeds.
+
+    What stood at `path` stays untouched, and nothing half-written is left, when the block raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        # mkstemp creates 0600; a finished document follows the person's umask like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+
+
+def _user_directory(variable: str, xdg: str, fallback: str) -> Path:
+    chosen = os.environ.get(variable) if variable else None
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get(xdg)
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / fallback) / "edgedeploy"
+
+
+def cache_dir() -> Path:
+    """Return where rebuildable things live (EDGEDEPLOY_CACHE_DIR, else XDG)."""
+    return _user_directory("EDGEDEPLOY_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+
+
+def config_dir() -> Path:
+    """Return where the person's lab.toml lives."""
+    return _user_directory("", "XDG_CONFIG_HOME", ".config")
