@@ -1,0 +1,1 @@
+"""What is written down: frozen records without behaviour, parsed at the border."""

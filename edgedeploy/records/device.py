@@ -1,0 +1,63 @@
+"""One physical unit and how to reach it; what the runner says about it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgedeploy.documents import Record
+
+# History of edgedeploy.lab:
+#   1 (0.1.0)  first version
+FORMAT = "edgedeploy.lab/1"
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """An entry of lab.toml.
+
+    Attributes:
+        host: name, address or alias of ~/.ssh/config; for transport "ssh".
+        key: a private key file; empty: the agent and the usual key files.
+        jump: "user@host:port" of a jump host; empty: what ~/.ssh/config says.
+        known_hosts: a known_hosts file; empty: the person's own.
+        python: the interpreter that has the runtime, on the device; empty: python3 (ssh) or this one (local).
+        root: where we keep files on the device; relative to the home directory.
+        timeout_s: the longest silence before the device counts as lost.
+        connect_timeout_s: the longest wait for a connection.
+    """
+
+    transport: Literal["local", "ssh"]
+    host: str = ""
+    port: int = 0
+    user: str = ""
+    key: str = ""
+    jump: str = ""
+    known_hosts: str = ""
+    python: str = ""
+    root: str = ""
+    description: str = ""
+    timeout_s: float = 60.0
+    connect_timeout_s: float = 10.0
+
+
+class Lab(Record, frozen=True, kw_only=True):
+    """lab.toml: device name → device."""
+
+    format: str = FORMAT
+    devices: dict[str, Device] = {}
+
+
+class DeviceFacts(Record, frozen=True, kw_only=True):
+    """What the runner says a device is; an empty or None value means "not available", never zero."""
+
+    hostname: str
+    machine: str
+    system: str
+    kernel: str
+    os_name: str
+    libc: str
+    python: str
+    cpu_model: str
+    isa: tuple[str, ...]
+    cores: int
+    memory_bytes: int | None
+    boot_id: str

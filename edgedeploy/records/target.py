@@ -1,0 +1,138 @@
+"""A kind of device: its hardware, which runtimes and precisions may be built for it, and by which rules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from edgedeploy.documents import Record, closest, line_of, read_toml
+from edgedeploy.errors import DocumentError, UsageError
+
+# History of edgedeploy.target:
+#   1 (0.1.0)  first version
+FORMAT = "edgedeploy.target/1"
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class Int8Rules(Record, frozen=True, kw_only=True):
+    """How a back end on this target wants its int8 form.
+
+    Attributes:
+        activation_dtype: storage of quantized activations.
+        activation_symmetric: zero-point fixed (0 for int8, 128 for uint8).
+        weight_bits: 7 where the hardware's int8 multiply-add saturates (AVX2 without VNNI), else 8.
+        weight_per_channel: one scale per output channel.
+        why: the measurement or document that the choice rests on.
+    """
+
+    activation_dtype: Literal["int8", "uint8"]
+    activation_symmetric: bool
+    weight_bits: Literal[7, 8] = 8
+    weight_per_channel: bool = True
+    why: str = ""
+
+
+class BackendRules(Record, frozen=True, kw_only=True):
+    """What one back end may build for a target.
+
+    Attributes:
+        options: defaults for the back end's options (-O key=value overrides them).
+    """
+
+    precisions: tuple[Precision, ...]
+    options: dict[str, str | int | float | bool] = {}
+    int8: Int8Rules | None = None
+
+
+class Resolution(Record, frozen=True, kw_only=True):
+    """For a target that is "whatever this machine is": use `target` when every named ISA feature is there.
+
+    Attributes:
+        machine: uname -m.
+        isa: feature names as /proc/cpuinfo spells them, all of which must be present.
+        any_isa: at least one of these must be present (empty: no demand).
+    """
+
+    machine: str
+    isa: tuple[str, ...] = ()
+    any_isa: tuple[str, ...] = ()
+    target: str
+
+
+class ConditionLimits(Record, frozen=True, kw_only=True):
+    """When a number counts.
+
+    Attributes:
+        max_foreign_load: CPU time of other processes during a visit, in cores; above it the visit is marked.
+        max_temperature_celsius: likewise for the hottest thermal zone.
+    """
+
+    max_foreign_load: float = 0.5
+    max_temperature_celsius: float = 80.0
+
+
+class Target(Record, frozen=True, kw_only=True):
+    """A target file, `targets/<name>.toml`; the file name is the target's name.
+
+    Attributes:
+        resolve: not empty for `host`: which real target this machine is, first match wins.
+    """
+
+    format: str
+    name: str
+    description: str
+    machine: str = ""
+    isa: tuple[str, ...] = ()
+    resolve: tuple[Resolution, ...] = ()
+    backends: dict[str, BackendRules] = {}
+    conditions: ConditionLimits = ConditionLimits()
+
+
+def target_folders() -> list[Path]:
+    """Return where target files are looked for, first hit wins: EDGEDEPLOY_TARGETS, ./targets, those shipped."""
+    chosen = os.environ.get("EDGEDEPLOY_TARGETS")
+    package = Path(__file__).parent.parent
+    # A wheel carries the files inside the package; in a checkout they stand beside it.
+    shipped = [package / "targets", package.parent / "targets"]
+    return [folder for folder in ([Path(chosen)] if chosen else []) + [Path("targets"), *shipped] if folder.is_dir()]
+
+
+def target_files() -> dict[str, Path]:
+    """Return every known target file by name."""
+    files: dict[str, Path] = {}
+    for folder in target_folders():
+        for path in sorted(folder.glob("*.toml")):
+            files.setdefault(path.stem, path)
+    return files
+
+
+def load_target(name: str, *, machine: str, isa: Collection[str]) -> Target:
+    """Read a target; one that is "whatever this machine is" becomes the target that this machine really is.
+
+    Args:
+        name: the file name without .toml.
+        machine: uname -m of this machine.
+        isa: its ISA features as /proc/cpuinfo spells them.
+
+    Raises:
+        UsageError: unknown name, or nothing in the target's `resolve` list fits this machine.
+        DocumentError: the file is malformed.
+    """
+    files = target_files()
+    if name not in files:
+        raise UsageError(f"there is no target {name!r}{closest(name, files)} (known: {', '.join(files) or 'none'})")
+    target = read_toml(files[name], Target, FORMAT)
+    if target.name != name:
+        raise DocumentError(f'{line_of(files[name], "name")}: the name "{target.name}" differs from the file name')
+    if not target.resolve:
+        return target
+    for option in target.resolve:
+        has_any = not option.any_isa or any(feature in isa for feature in option.any_isa)
+        if option.machine == machine and has_any and all(feature in isa for feature in option.isa):
+            return load_target(option.target, machine=machine, isa=isa)
+    raise UsageError(
+        f"no rule of target {name!r} in {files[name]} fits this machine ({machine}); name a target yourself"
+    )
