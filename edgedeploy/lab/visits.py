@@ -1,0 +1,332 @@
+"""The measuring schedule: which process is opened when, how bursts alternate, and what each visit recorded.
+
+One block measures every side once. Two sides are interleaved as finely as asked: "bursts" keeps one fresh process of
+each alive and alternates short bursts, so that the two halves of a pair are milliseconds apart and the device's drift
+cancels; "visits" alternates whole processes. Order is ABBA or BAAB, by a seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edgedeploy.errors import DeviceError, TransferError
+from edgedeploy.lab.conversation import Agent
+from edgedeploy.lab.transport import Transport
+from edgedeploy.records.artifact import OptionValue
+from edgedeploy.records.run import Boundary, Burst, Conditions, MemoryVisit, Visit
+from edgedeploy.records.target import ConditionLimits
+from edgedeploy.storage import sha256_file
+
+# Kernels count CPU time in ticks of 10 ms; over a shorter time the share of others cannot be told.
+LEAST_LOAD_SPAN_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One artifact to measure: what must be on the device, by digest.
+
+    Attributes:
+        cell: its name in errors and events.
+        batch: samples of the inputs file that one inference takes.
+    """
+
+    cell: str
+    artifact_sha256: str
+    session_sha256: str
+    options: Mapping[str, OptionValue]
+    inputs_sha256: str
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a block is measured.
+
+    Attributes:
+        bursts_per_visit, samples_per_burst: their product is the samples of a visit; 59 bound the 95th percentile.
+        lead_in: inferences at the start of each burst that are not counted: the other side has just used the caches.
+        warm_up_window: samples per window; warm-up ends when two adjacent windows' medians agree ...
+        warm_up_tolerance: ... within this fraction, ...
+        warm_up_cap_s: ... or after this time, and the visit is recorded as not steady.
+        memory_inferences: inferences of a memory visit.
+    """
+
+    bursts_per_visit: int = 8
+    samples_per_burst: int = 10
+    lead_in: int = 2
+    warm_up_window: int = 10
+    warm_up_tolerance: float = 0.02
+    warm_up_cap_s: float = 5.0
+    interleave: Literal["bursts", "visits"] = "bursts"
+    memory_inferences: int = 10
+    open_timeout_s: float = 300.0
+    burst_timeout_s: float = 300.0
+    outputs_timeout_s: float = 3600.0
+    close_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A visit and what the session said about itself."""
+
+    side: Side
+    visit: Visit
+    runtime: str
+    boundary: Boundary
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOutputs:
+    """The artifact's answers to every sample, fetched from the device."""
+
+    sha256: str
+    samples: int
+    is_repeatable: bool
+    runtime: str
+    boundary: Boundary
+
+
+@dataclass(slots=True)
+class _OpenVisit:
+    """What is known of a visit while it is measured."""
+
+    side: Side
+    name: str
+    position: int
+    opened: dict[str, Any]
+    before: Conditions
+    bursts: list[Burst] = field(default_factory=list)
+
+    def measured(self, block: int, after: Conditions, foreign_load: float | None, dropped: str) -> Measured:
+        """Return the finished record."""
+        visit = Visit(
+            block=block,
+            position=self.position,
+            load_s=self.opened["load_s"],
+            first_inference_s=self.opened["first_inference_ns"] / 1e9,
+            warm_up_samples_s=_seconds(self.opened["warm_up_ns"]),
+            is_steady=self.opened["is_steady"],
+            bursts=tuple(self.bursts),
+            before=self.before,
+            after=after,
+            foreign_load=foreign_load,
+            dropped=dropped,
+        )
+        return Measured(self.side, visit, self.opened["runtime"], _boundary(self.opened))
+
+
+def measure_block(agent: Agent, sides: Sequence[Side], schedule: Schedule, *, block: int, seed: int) -> list[Measured]:
+    """Measure every side once, in fresh processes.
+
+    Args:
+        agent: the runner on the device; everything that the sides name has been shipped.
+        sides: one (a plain benchmark) or two (baseline and candidate).
+        schedule: how.
+        block: number of this block; it decides, with the seed, which side goes first.
+        seed: the same for all blocks of a session, so that AB and BA blocks come in twos.
+
+    Returns:
+        One record per side, in the order of `sides`.
+
+    Raises:
+        VisitFailed: a visit died, hung or was refused; the device is well and the next block can be tried.
+        DeviceError: the device or the connection was lost.
+        Either error's `measured` holds what the block had measured until then, every visit of it marked as dropped.
+    """
+    order = list(range(len(sides)))
+    if _is_reversed(seed, block):
+        order.reverse()
+    groups = [order] if schedule.interleave == "bursts" else [[number] for number in order]
+    measured: dict[int, Measured] = {}
+    for group in groups:
+        run = _Group(agent, schedule, block, seed)
+        try:
+            run.measure([(number, sides[number]) for number in group], first_position=len(measured))
+        except DeviceError as error:
+            reason = str(error).split("\n")[0]
+            run.abandon(reason)
+            error.measured = tuple(_dropped(kept, reason) for kept in (*measured.values(), *run.finished.values()))
+            raise
+        measured |= run.finished
+    return [measured[number] for number in range(len(sides))]
+
+
+class _Group:
+    """Visits that are alive at the same time."""
+
+    def __init__(self, agent: Agent, schedule: Schedule, block: int, seed: int) -> None:
+        self._agent, self._schedule, self._block, self._seed = agent, schedule, block, seed
+        self._open: dict[int, _OpenVisit] = {}
+        self.finished: dict[int, Measured] = {}
+
+    def measure(self, sides: Sequence[tuple[int, Side]], first_position: int) -> None:
+        """Open all, alternate their bursts, read the conditions, close all."""
+        schedule = self._schedule
+        # A process that does not exist yet has used no CPU time: this zero is a fact.
+        before = msgspec.structs.replace(self._agent.conditions()[""], own_core_s=0.0)
+        for position, (number, side) in enumerate(sides, start=first_position):
+            name = f"{side.cell} block {self._block}.{position}"
+            opened = self._agent.ask("open", visit=name, job=_job(side, schedule), timeout_s=schedule.open_timeout_s)
+            self._open[number] = _OpenVisit(side, name, position, opened, before)
+        for pair, number in _burst_order(
+            [number for number, _ in sides], schedule.bursts_per_visit, self._seed, self._block
+        ):
+            visit = self._open[number]
+            answer = self._agent.ask(
+                "burst",
+                visit=visit.name,
+                count=schedule.samples_per_burst,
+                lead_in=schedule.lead_in,
+                timeout_s=schedule.burst_timeout_s,
+            )
+            visit.bursts.append(Burst(pair=pair, samples_s=_seconds(answer["samples_ns"])))
+        after = self._agent.conditions([visit.name for visit in self._open.values()])
+        foreign_load = load_of_others(before, [after[visit.name] for visit in self._open.values()])
+        for number, visit in self._open.items():
+            self.finished[number] = visit.measured(self._block, after[visit.name], foreign_load, "")
+        for visit in self._open.values():
+            self._agent.ask("close", visit=visit.name, timeout_s=schedule.close_timeout_s)
+
+    def abandon(self, reason: str) -> None:
+        """Keep what was measured, and end the visits that still live."""
+        for number, visit in self._open.items():
+            if number not in self.finished:
+                self.finished[number] = visit.measured(self._block, visit.before, None, reason)
+            try:
+                self._agent.ask("close", visit=visit.name, timeout_s=self._schedule.close_timeout_s)
+            except DeviceError:  # it was this one that failed, or the whole device: the reason is already told
+                continue
+
+
+def measure_memory(agent: Agent, side: Side, schedule: Schedule | None = None) -> MemoryVisit:
+    """Measure peak memory in a fresh process that does nothing else.
+
+    Raises:
+        VisitFailed: it died, hung or was refused.
+    """
+    schedule = schedule or Schedule()
+    answer = agent.ask(
+        "memory",
+        visit=f"{side.cell} memory",
+        job=_job(side, schedule),
+        count=schedule.memory_inferences,
+        timeout_s=schedule.open_timeout_s,
+    )
+    return MemoryVisit(peak_rss_bytes=answer["peak_rss_bytes"], import_rss_bytes=answer["import_rss_bytes"])
+
+
+def compute_outputs(
+    agent: Agent, transport: Transport, side: Side, local_path: Path, schedule: Schedule | None = None
+) -> DeviceOutputs:
+    """Run every sample of the side's inputs on the device and fetch the answers, verified, to `local_path`.
+
+    The file is in the safetensors format: one tensor per output, first axis = sample.
+
+    Raises:
+        VisitFailed: it died, hung or was refused.
+        TransferError: the file did not arrive whole; nothing is left at `local_path`.
+    """
+    schedule = schedule or Schedule()
+    answer = agent.ask(
+        "outputs", visit=f"{side.cell} outputs", job=_job(side, schedule), timeout_s=schedule.outputs_timeout_s
+    )
+    transport.get(answer["path"], local_path)
+    found = sha256_file(local_path)
+    if found != answer["sha256"]:
+        local_path.unlink()
+        raise TransferError(
+            f"{agent.label}: the outputs of {side.cell} arrived with the digest {found} instead of {answer['sha256']}; "
+            "try again"
+        )
+    transport.remove(answer["path"])
+    return DeviceOutputs(
+        answer["sha256"], answer["samples"], answer["is_repeatable"], answer["runtime"], _boundary(answer)
+    )
+
+
+def load_of_others(before: Conditions, after: Sequence[Conditions]) -> float | None:
+    """Return how many cores other processes used meanwhile; None where the device does not say, or in too short a time.
+
+    Args:
+        before: read before the visits' processes were started.
+        after: read once at the end, one record per visit with its own CPU time.
+    """
+    own_s = [conditions.own_core_s for conditions in after]
+    busy_after_s, elapsed_s = after[0].busy_core_s, after[0].monotonic_s - before.monotonic_s
+    if before.busy_core_s is None or busy_after_s is None or elapsed_s < LEAST_LOAD_SPAN_S:
+        return None
+    known_s = [value for value in own_s if value is not None]
+    if len(known_s) < len(own_s):
+        return None
+    # The kernel's two counters tick apart, so that the difference of nearly equal times can fall below zero.
+    return max(0.0, busy_after_s - before.busy_core_s - sum(known_s)) / elapsed_s
+
+
+def mark(visit: Visit, limits: ConditionLimits) -> Visit:
+    """Return the visit, dropped with a reason when the conditions say that its number does not count."""
+    reasons = []
+    if visit.before.throttled or visit.after.throttled:
+        reasons.append("the device was throttled")
+    if visit.foreign_load is not None and visit.foreign_load > limits.max_foreign_load:
+        # Without the figure, which is in the record: so that equal reasons can be counted.
+        reasons.append(f"other processes used more than {limits.max_foreign_load:g} cores")
+    zones = {**(visit.before.temperatures_celsius or {})}
+    for zone, celsius in (visit.after.temperatures_celsius or {}).items():
+        zones[zone] = max(celsius, zones.get(zone, celsius))
+    if zones:
+        hottest = max(zones, key=lambda zone: zones[zone])
+        if zones[hottest] > limits.max_temperature_celsius:
+            reasons.append(f"{hottest} was hotter than {limits.max_temperature_celsius:g} °C")
+    if visit.dropped:
+        reasons.insert(0, visit.dropped)
+    return msgspec.structs.replace(visit, dropped="; ".join(reasons))
+
+
+def _dropped(measured: Measured, reason: str) -> Measured:
+    return dataclasses.replace(measured, visit=msgspec.structs.replace(measured.visit, dropped=reason))
+
+
+def _job(side: Side, schedule: Schedule) -> dict[str, object]:
+    """Return what the runner needs to know to load a side."""
+    return {
+        "session": side.session_sha256,
+        "artifact": side.artifact_sha256,
+        "inputs": side.inputs_sha256,
+        "options": dict(side.options),
+        "batch": side.batch,
+        "warm_up": {
+            "window": schedule.warm_up_window,
+            "tolerance": schedule.warm_up_tolerance,
+            "cap_s": schedule.warm_up_cap_s,
+        },
+    }
+
+
+def _is_reversed(seed: int, *position: int) -> bool:
+    """Say whether the place in the schedule is a BA: places come in twos, AB then BA or BA then AB, at random."""
+    *outer, number = position
+    is_first_reversed = random.Random(f"{seed}/{outer}/{number // 2}").random() < 0.5  # noqa: S311 - order, no secret
+    return is_first_reversed != bool(number % 2)
+
+
+def _burst_order(numbers: Sequence[int], bursts: int, seed: int, block: int) -> Iterator[tuple[int, int]]:
+    """Yield (pair, side number) of every burst of a block in the order of measuring."""
+    for pair in range(bursts):
+        order = sorted(numbers, reverse=_is_reversed(seed, block, pair))
+        for number in order:
+            yield pair, number
+
+
+def _seconds(nanoseconds: Sequence[int]) -> tuple[float, ...]:
+    return tuple(value / 1e9 for value in nanoseconds)
+
+
+def _boundary(answer: Mapping[str, Any]) -> Boundary:
+    return msgspec.convert(answer["boundary"], Boundary)
