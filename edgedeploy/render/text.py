@@ -1,0 +1,264 @@
+"""Records as text for a terminal; no text ends in a line break."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from edgedeploy.records.artifact import Artifact
+from edgedeploy.records.model import CompressionReport, Model, TensorSpec
+from edgedeploy.records.run import Run
+from edgedeploy.records.verdict import CellVerdict, Verdict
+from edgedeploy.render.figures import (
+    FIDELITY_COLUMNS,
+    NOT_AVAILABLE,
+    P95_MIN_SAMPLES,
+    accuracy_metric_of,
+    accuracy_text,
+    boundary_text,
+    cell_notes,
+    condition_facts,
+    count,
+    device_text,
+    drop_reason,
+    fidelity_rows,
+    finding_text,
+    printable,
+    run_figures,
+    verdict_sentence,
+)
+from edgedeploy.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+_STYLES = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
+_WORD = 12  # the longest word that a narrow table's column keeps whole: INCONCLUSIVE
+_WIDTH = 100  # where nobody says how wide the reader's screen is
+
+
+def verdict_text(verdict: Verdict, runs: Mapping[str, Run], *, color: bool, width: int | None) -> str:
+    """Return a verdict as tables and sentences, the decision last.
+
+    Args:
+        verdict: the verdict.
+        runs: by run id, as in CellVerdict.baseline_run and candidate_run; a missing run costs only its notes.
+        color: with ANSI styles.
+        width: columns; None for 100.
+    """
+
+    def show(console: Console) -> None:
+        for cell in verdict.cells:
+            _show_cell(console, cell, runs)
+        console.print(_styled(verdict.decision), _plain(f": {verdict_sentence(verdict)}"), sep="")
+
+    return _rendered(show, color=color, width=width)
+
+
+def run_text(run: Run, *, color: bool, width: int | None) -> str:
+    """Return one run's figures, conditions and what was dropped."""
+    figures = run_figures(run)
+    artifact = run.artifact
+    p95 = _or(figures.p95_s, format_duration)
+    if figures.p95_s is None and figures.samples:
+        p95 = f"not printed: no visit has the {P95_MIN_SAMPLES} samples that it needs"
+    facts = [
+        ("artifact", f"{artifact.name} ({artifact.backend} {artifact.precision}, {format_bytes(artifact.size_bytes)})"),
+        ("model", artifact.model),
+        ("device", device_text(run)),
+        ("runtime", run.runtime),
+        ("timed", boundary_text(run)),
+        ("latency p50", _or(figures.p50_s, format_duration)),
+        ("latency p95", p95),
+        ("fastest", _or(figures.min_s, format_duration)),
+        ("first inference", _or(figures.first_inference_s, format_duration)),
+        ("load", _or(figures.load_s, format_duration)),
+        ("peak memory", _or(figures.peak_rss_bytes, format_bytes)),
+        ("accuracy", accuracy_text(run)),
+        ("visits", f"{figures.visits} ({figures.dropped} dropped), {count(figures.samples, 'timed inference')}"),
+    ]
+    if figures.unsteady:
+        facts.append(("warm-up", f"{count(figures.unsteady, 'visit')} not steady when the warm-up reached its cap"))
+    dropped = [
+        f"block {visit.block}, visit {visit.position} dropped: {reason}"
+        for visit in run.visits
+        if (reason := drop_reason(visit))
+    ]
+
+    def show(console: Console) -> None:
+        console.print(_plain(f"{run.cell} on {run.device}, {run.started_utc}"), style="bold")
+        console.print(_facts(facts))
+        console.print(_plain("Conditions before and after the visits"), style="bold")
+        console.print(_facts(condition_facts(run)))
+        _show_list(console, "Notes", [*run.events, *dropped])
+
+    return _rendered(show, color=color, width=width)
+
+
+def artifact_text(artifact: Artifact, *, color: bool, width: int | None) -> str:
+    """Return what an artifact is, what made it, and how faithful it is."""
+    recipe, layers = artifact.recipe, artifact.layers
+    facts = [
+        ("file", f"{artifact.file}, {format_bytes(artifact.size_bytes)}"),
+        ("sha256", artifact.sha256),
+        ("key", artifact.key),
+        ("model", recipe.model),
+        ("for", f"{recipe.target}, {recipe.backend}, {recipe.precision}"),
+        ("options", ", ".join(f"{key}={value}" for key, value in recipe.options.items()) or "none"),
+        ("calibration", recipe.calibration or "none"),
+        *_tensor_facts(artifact.inputs, artifact.outputs),
+        *_compression_facts(artifact.compression),
+        ("layers", f"{len(layers.quantized)} quantized, {len(layers.float_islands)} left in float"),
+        ("tools", ", ".join(f"{package} {version}" for package, version in recipe.toolchain.items())),
+    ]
+
+    def show(console: Console) -> None:
+        console.print(_plain(artifact.name), style="bold")
+        console.print(_facts(facts))
+        if artifact.fidelity:
+            console.print(_table("Fidelity", FIDELITY_COLUMNS, fidelity_rows(artifact)))
+        _show_list(console, "Notes", list(artifact.notes))
+
+    return _rendered(show, color=color, width=width)
+
+
+def inspection_text(record: Model | Artifact, *, color: bool, width: int | None) -> str:
+    """Return what a model is, before or after compilation."""
+    if isinstance(record, Artifact):
+        return artifact_text(record, color=color, width=width)
+    facts = [
+        ("file", record.path),
+        ("sha256", record.sha256),
+        ("weights", record.weights_sha256 or "in the model file"),
+        ("opset", str(record.opset)),
+        *_tensor_facts(record.inputs, record.outputs),
+        *_compression_facts(record.compression),
+    ]
+
+    def show(console: Console) -> None:
+        console.print(_plain(record.source), style="bold")
+        console.print(_facts(facts))
+        if record.fidelity:
+            console.print(_table("Fidelity", FIDELITY_COLUMNS, fidelity_rows(record)))
+
+    return _rendered(show, color=color, width=width)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, color: bool, width: int | None = None
+) -> str:
+    """Return a table; every row has one text per column."""
+    return _rendered(lambda console: console.print(_table(title, columns, rows)), color=color, width=width)
+
+
+def _show_cell(console: Console, cell: CellVerdict, runs: Mapping[str, Run]) -> None:
+    accuracy_metric = accuracy_metric_of(cell, runs)
+    texts = [finding_text(finding, accuracy_metric) for finding in cell.findings]
+    where = f"{cell.cell} against {cell.baseline_cell} on {cell.device} ({cell.target})"
+    rows = [
+        (text.metric, text.baseline, text.candidate, text.change_with_interval, text.margin, text.decision)
+        for text in texts
+    ]
+    console.print(_table(where, ("metric", "baseline", "candidate", "change", "margin", "decision"), rows))
+    for text in texts:
+        console.print(_plain(f"{text.metric}: {text.reason}"))
+        if text.needed:
+            console.print(_plain(f"  to decide it: {text.needed}"))
+    _show_list(console, "Notes", cell_notes(cell, runs))
+    took = f" after {format_duration(cell.seconds)}" if cell.seconds is not None else ""
+    console.print(_plain(f"{cell.cell}: "), _styled(cell.decision), _plain(took), sep="")
+    console.print()
+
+
+def _show_list(console: Console, title: str, items: Sequence[str]) -> None:
+    if items:
+        console.print(_plain(title), style="bold")
+        for item in items:
+            console.print(_plain(f"- {item}"))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=_plain(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        # A narrow screen breaks lines between words before it breaks words.
+        words = " ".join([column, *(row[place] for row in rows)]).split()
+        made.add_column(_plain(column), overflow="fold", min_width=min(_WORD, max(map(len, words), default=1)))
+    for row in rows:
+        made.add_row(*(_styled(text) for text in row))
+    return made
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> Table:
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 2))
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for label, text in facts:
+        made.add_row(_plain(f"  {label}"), _plain(text))
+    return made
+
+
+def _plain(text: str) -> Text:
+    """Make text that rich neither parses as markup nor lets speak to the terminal."""
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+def _styled(text: str) -> Text:
+    styled = _plain(text)
+    styled.stylize(_STYLES.get(text, ""))
+    return styled
+
+
+def _rendered(show: Callable[[Console], None], *, color: bool, width: int | None) -> str:
+    from rich.console import Console
+
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=color,
+        force_jupyter=False,
+        force_interactive=False,
+        color_system="standard" if color else None,
+        no_color=not color,
+        width=width or _WIDTH,
+        highlight=False,
+        emoji=False,
+        markup=False,
+        legacy_windows=False,
+    )
+    show(console)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+
+
+def _tensor_facts(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[tuple[str, str]]:
+    return [
+        (label, "; ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)} {spec.layout}".strip() for spec in specs))
+        for label, specs in (("inputs", inputs), ("outputs", outputs))
+    ]
+
+
+def _compression_facts(compression: CompressionReport) -> list[tuple[str, str]]:
+    operators = ", ".join(f"{number} {name}" for name, number in compression.operators.items())
+    return [
+        ("parameters", f"{compression.parameters:,} ({compression.nonzero_parameters:,} not zero)"),
+        ("multiply-adds", f"{compression.macs:,}" if compression.macs is not None else NOT_AVAILABLE),
+        ("weights' size", format_bytes(compression.initializer_bytes)),
+        ("operators", operators or "none"),
+    ]
+
+
+def _or(number: float | None, text: Callable[[float], str]) -> str:
+    return NOT_AVAILABLE if number is None else text(number)
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return "×".join(str(axis) for axis in shape) or "scalar"
