@@ -117,6 +117,8 @@ def load_release(path: Path) -> Release:
     Raises:
         DocumentError: naming file, line and the likely intended key, name or file.
     """
+    if not path.exists():
+        raise DocumentError(f"there is no release file {path}; write a commented one with: edgedeploy init {path}")
     release = read_toml(path, Release, FORMAT)
     if not release.cells:
         raise DocumentError(f"{path} lists no cells; add a [[cells]] table (see: edgedeploy init)")

@@ -1,0 +1,139 @@
+"""What a model does on calibration samples: ranges of its tensors and mean errors of its rounded weights.
+
+Both are reduced inside the graph, so that ONNX Runtime hands out a few numbers per batch and frees each large tensor as
+soon as it is used: memory does not grow with the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedeploy.errors import ModelError
+from edgedeploy.prepare.dataset import Samples
+from edgedeploy.prepare.graph import Runner, read_graph
+from edgedeploy.records.model import Model
+from edgedeploy.records.quantization import ActivationRange
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+Progress = Callable[[str], None]
+
+
+def calibrate(
+    model: Model, samples: Samples, tensors: Sequence[str], *, progress: Progress | None = None
+) -> dict[str, ActivationRange]:
+    """Return the smallest and largest value of each tensor over all samples, widened to contain zero.
+
+    Args:
+        model: fp32.
+        samples: real inputs.
+        tensors: names of float tensors in the graph, its inputs included.
+
+    Raises:
+        ModelError: a tensor becomes NaN or infinite.
+    """
+    graph = _bare(model)
+    for tensor in tensors:
+        _add_reduction(graph.graph, "ReduceMin", tensor, _minimum(tensor))
+        _add_reduction(graph.graph, "ReduceMax", tensor, _maximum(tensor))
+    runner = Runner(graph.SerializeToString())
+    low = dict.fromkeys(tensors, 0.0)
+    high = dict.fromkeys(tensors, 0.0)
+    done = 0
+    for batch in samples.batches(model.inputs):
+        answer = runner(batch)
+        for tensor in tensors:
+            smallest, largest = float(answer[_minimum(tensor)]), float(answer[_maximum(tensor)])
+            if not (np.isfinite(smallest) and np.isfinite(largest)):
+                raise ModelError(
+                    f"tensor {tensor!r} becomes NaN or infinite on samples {done} to "
+                    f"{done + len(next(iter(batch.values()))) - 1} of {samples.name}; repair the model or the samples"
+                )
+            low[tensor], high[tensor] = min(low[tensor], smallest), max(high[tensor], largest)
+        done += len(next(iter(batch.values())))
+        if progress:
+            progress(f"calibrating: {done} of {samples.count} samples")
+    return {name: ActivationRange(low=low[name], high=high[name], origin="calibrated") for name in tensors}
+
+
+def mean_errors(
+    model: Model, samples: Samples, errors: Mapping[str, NDArray[Any]], *, progress: Progress | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Return what each node's output loses on average, per output channel, when its weights are rounded.
+
+    The error (W - Wq) is put in the place of the weights of a second copy of the node, whose mean output over samples
+    and positions is E[(W - Wq) x]: exact also at padded borders, where (W - Wq) E[x] is not.
+
+    Args:
+        model: fp32.
+        samples: real inputs.
+        errors: name of a Conv, Gemm or MatMul node → W - Wq.
+    """
+    graph = _bare(model)
+    for node in list(graph.graph.node):
+        if node.name in errors:
+            _add_twin(graph.graph, node, errors[node.name])
+    runner = Runner(graph.SerializeToString())
+    totals: dict[str, NDArray[np.float64]] = {}
+    done = 0
+    for batch in samples.batches(model.inputs):
+        rows = len(next(iter(batch.values())))
+        for output, mean in runner(batch).items():
+            name = output.removesuffix(_MEAN_LOST)
+            totals[name] = totals.get(name, 0.0) + rows * mean.astype(np.float64)
+        done += rows
+        if progress:
+            progress(f"measuring rounding errors: {done} of {samples.count} samples")
+    return {name: total / done for name, total in totals.items()}
+
+
+_MEAN_LOST = "/mean_lost"
+
+
+def _add_twin(graph: GraphProto, node: NodeProto, error: NDArray[Any]) -> None:
+    """Add a copy of a node with other weights and no bias, and the mean of its output over all axes but channels."""
+    from onnx import helper, numpy_helper
+
+    lost = f"{node.name}/lost"
+    if node.op_type == "Conv":  # (N, C, positions)
+        shape, axes = [0, 0, -1], [0, 2]
+    else:  # (everything else, C)
+        transposed = any(item.name == "transB" and item.i for item in node.attribute)
+        shape, axes = [-1, error.shape[0 if transposed else 1]], [0]
+    constants = {"weight": error.astype(np.float32), "shape": np.asarray(shape), "axes": np.asarray(axes)}
+    graph.initializer.extend(numpy_helper.from_array(value, f"{lost}/{key}") for key, value in constants.items())
+    twin = helper.make_node(node.op_type, [node.input[0], f"{lost}/weight"], [lost], name=lost)
+    twin.attribute.extend(node.attribute)
+    graph.node.append(twin)
+    graph.node.append(helper.make_node("Reshape", [lost, f"{lost}/shape"], [f"{lost}/flat"]))
+    mean = node.name + _MEAN_LOST
+    graph.node.append(helper.make_node("ReduceMean", [f"{lost}/flat", f"{lost}/axes"], [mean], keepdims=0))
+    graph.output.append(helper.make_tensor_value_info(mean, 1, None))
+
+
+def _bare(model: Model) -> ModelProto:
+    """Return the graph without outputs, ready to be given others; what only they needed is not computed."""
+    graph = read_graph(Path(model.path))
+    del graph.graph.output[:]
+    return graph
+
+
+def _add_reduction(graph: GraphProto, operator: str, tensor: str, output: str) -> None:
+    from onnx import helper
+
+    graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
+    graph.output.append(helper.make_tensor_value_info(output, 1, None))
+
+
+def _minimum(tensor: str) -> str:
+    return f"{tensor}/minimum"
+
+
+def _maximum(tensor: str) -> str:
+    return f"{tensor}/maximum"

@@ -1,0 +1,123 @@
+"""How far a converted model lies from its reference: streamed over batches, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedeploy.errors import FidelityError
+from edgedeploy.records.model import Fidelity, OutputFidelity
+
+Tensors = Mapping[str, NDArray[Any]]
+Run = Callable[[Tensors], Tensors]
+
+
+def compare(
+    reference: Run, candidate: Run, batches: Iterable[Tensors], *, names: tuple[str, str], sample_source: str
+) -> Fidelity:
+    """Run both models on the same batches and compare every output.
+
+    Args:
+        reference: inputs → outputs of the model that is right by definition.
+        candidate: inputs → outputs of the converted model.
+        batches: inputs; only one batch is held at a time.
+        names: what to call reference and candidate in the record.
+        sample_source: name of the data set.
+
+    Raises:
+        FidelityError: the outputs differ in name or shape, or the candidate answers NaN or infinity where the reference
+            does not.
+    """
+    sums: dict[str, _Sums] = {}
+    samples = 0
+    for batch in batches:
+        expected, actual = reference(batch), candidate(batch)
+        if set(expected) != set(actual):
+            raise FidelityError(
+                f"{names[1]} has the outputs {', '.join(actual)} and {names[0]} has {', '.join(expected)}"
+            )
+        for output, values in expected.items():
+            sums.setdefault(output, _Sums(output, names)).add(values, actual[output])
+        samples += len(next(iter(batch.values())))
+    if not samples:
+        raise FidelityError(f"{names[1]} cannot be compared with {names[0]}: there are no samples")
+    return Fidelity(
+        reference=names[0],
+        candidate=names[1],
+        samples=samples,
+        sample_source=sample_source,
+        outputs=tuple(total.result() for total in sums.values()),
+    )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What one output needs: enough sums to finish all figures, so that no sample is kept."""
+
+    output: str
+    names: tuple[str, str]
+    max_abs: float = 0.0
+    max_reference: float = 0.0
+    products: float = 0.0
+    reference_squares: float = 0.0
+    candidate_squares: float = 0.0
+    error_squares: float = 0.0
+    rows: int = 0
+    equal_rows: int = 0
+
+    def add(self, reference: NDArray[Any], candidate: NDArray[Any]) -> None:
+        if reference.shape != candidate.shape:
+            raise FidelityError(
+                f"output {self.output!r} of {self.names[1]} has shape {candidate.shape} and of {self.names[0]} "
+                f"{reference.shape}"
+            )
+        if reference.size == 0:
+            return
+        if reference.ndim >= 2 and reference.shape[-1] > 1:
+            self.rows += math.prod(reference.shape[:-1])
+            self.equal_rows += int(np.count_nonzero(reference.argmax(-1) == candidate.argmax(-1)))
+        expected, actual = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
+        # A masked score of -inf that stays -inf is right, and no number can be made of it.
+        usable = np.isfinite(expected)
+        same = (expected == actual) | (np.isnan(expected) & np.isnan(actual))
+        if not (usable | same).all() or not np.isfinite(actual[usable]).all():
+            raise FidelityError(
+                f"output {self.output!r} of {self.names[1]} is NaN or infinite where that of {self.names[0]} is not, "
+                f"or the other way round; the conversion broke the model"
+            )
+        expected, actual = expected[usable], actual[usable]
+        if expected.size == 0:
+            return
+        error = actual - expected
+        self.max_abs = max(self.max_abs, float(np.abs(error).max()))
+        self.max_reference = max(self.max_reference, float(np.abs(expected).max()))
+        self.products += float(expected @ actual)
+        self.reference_squares += float(expected @ expected)
+        self.candidate_squares += float(actual @ actual)
+        self.error_squares += float(error @ error)
+
+    def result(self) -> OutputFidelity:
+        norms = math.sqrt(self.reference_squares) * math.sqrt(self.candidate_squares)
+        # Two outputs of nothing but zeros agree; one of zeros and one of other values do not.
+        cosine = min(1.0, self.products / norms) if norms else float(self.error_squares == 0)
+        # The smallest normal float32 stands for a reference of zeros: the ratio stays a number that JSON can hold.
+        floor = float(np.finfo(np.float32).tiny)
+        return OutputFidelity(
+            output=self.output,
+            max_abs=self.max_abs,
+            max_relative=self.max_abs / max(self.max_reference, floor),
+            cosine=cosine,
+            sqnr_db=self._sqnr_db(),
+            argmax_agreement=self.equal_rows / self.rows if self.rows else None,
+        )
+
+    def _sqnr_db(self) -> float | None:
+        if self.error_squares == 0:
+            return None
+        floor = float(np.finfo(np.float32).tiny)
+        return 10 * math.log10(max(self.reference_squares, floor) / self.error_squares)

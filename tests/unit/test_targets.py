@@ -1,0 +1,63 @@
+"""Targets: the shipped ones are well-formed, and `host` becomes what a machine is."""
+
+import pytest
+
+from edgedeploy.errors import DocumentError, UsageError
+from edgedeploy.records.target import load_target, target_files
+
+SHIPPED = {"host", "x86-64", "x86-64-vnni", "arm64-linux", "raspberry-pi-4", "raspberry-pi-5"}
+
+
+@pytest.fixture(autouse=True)
+def no_own_targets(monkeypatch, tmp_path):
+    monkeypatch.delenv("EDGEDEPLOY_TARGETS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_shipped_targets_are_all_there():
+    assert set(target_files()) >= SHIPPED
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED - {"host"}))
+def test_shipped_target_gives_onnxruntime_int8_rules_with_a_reason(name):
+    target = load_target(name, machine="", isa=())
+    rules = target.backends["onnxruntime"]
+    assert "int8" in rules.precisions
+    assert rules.int8 is not None
+    assert rules.int8.why
+
+
+@pytest.mark.parametrize(
+    ("machine", "isa", "expected"),
+    [
+        ("x86_64", {"avx2", "avx512_vnni"}, "x86-64-vnni"),
+        ("x86_64", {"avx2", "avx_vnni"}, "x86-64-vnni"),
+        ("x86_64", {"avx2"}, "x86-64"),
+        ("aarch64", {"asimd"}, "arm64-linux"),
+    ],
+)
+def test_host_becomes_what_the_machine_is(machine, isa, expected):
+    assert load_target("host", machine=machine, isa=isa).name == expected
+
+
+def test_machine_without_a_rule_is_a_sentence():
+    with pytest.raises(UsageError, match=r"fits this machine \(s390x\)"):
+        load_target("host", machine="s390x", isa=())
+
+
+def test_unknown_target_names_the_likely_one():
+    with pytest.raises(UsageError, match='did you mean "raspberry-pi-5"'):
+        load_target("raspbery-pi-5", machine="", isa=())
+
+
+def test_own_target_goes_before_a_shipped_one(tmp_path, monkeypatch):
+    (tmp_path / "x86-64.toml").write_text('format = "edgedeploy.target/1"\nname = "x86-64"\ndescription = "mine"\n')
+    monkeypatch.setenv("EDGEDEPLOY_TARGETS", str(tmp_path))
+    assert load_target("x86-64", machine="", isa=()).description == "mine"
+
+
+def test_name_that_differs_from_the_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.toml").write_text('format = "edgedeploy.target/1"\nname = "b"\ndescription = ""\n')
+    monkeypatch.setenv("EDGEDEPLOY_TARGETS", str(tmp_path))
+    with pytest.raises(DocumentError, match="line 2: the name"):
+        load_target("a", machine="", isa=())
