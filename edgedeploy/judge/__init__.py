@@ -1,0 +1,1 @@
+"""Records in, verdict out. Pure: no I/O, no clock, no unseeded randomness."""

@@ -1,0 +1,56 @@
+"""Outputs and labels → one score per sample. Pure: no I/O, no clock, no randomness."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgedeploy.documents import closest
+from edgedeploy.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+METRICS = ("top1", "top5", "mae")
+
+
+def score(metric: str, output: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[float, ...]:
+    """Return one score per sample.
+
+    Args:
+        metric: "top1" or "top5": 1.0 when the label is among the 1 or 5 largest of the last axis, else 0.0; "mae": the
+            mean absolute error of the sample, smaller is better.
+        output: shape (samples, ...); for top1 and top5 (samples, classes) after dropping axes of length 1.
+        labels: shape (samples,) of class numbers, or for mae anything of output's shape.
+
+    Raises:
+        UsageError: unknown metric, or labels that do not fit the output.
+        ModelError: the output holds NaN: a NaN is never an arg-max.
+
+    >>> import numpy as np
+    >>> score("top1", np.array([[0.1, 0.9], [0.8, 0.2]]), np.array([1, 1]))
+    (1.0, 0.0)
+    """
+    import numpy as np
+
+    if metric not in METRICS:
+        raise UsageError(f"there is no metric {metric!r}{closest(metric, METRICS)} (known: {', '.join(METRICS)})")
+    if len(output) != len(labels):
+        raise UsageError(f"{len(output)} outputs cannot be scored against {len(labels)} labels")
+    values = np.asarray(output, dtype=np.float64)
+    if not np.isfinite(values).all():
+        first = int(np.argmax(~np.isfinite(values.reshape(len(values), -1)).all(axis=1)))
+        raise ModelError(f"the output for sample {first} is not finite (NaN or infinity); the artifact is broken")
+    if metric == "mae":
+        errors = np.abs(values.reshape(len(values), -1) - np.asarray(labels, np.float64).reshape(len(values), -1))
+        return tuple(float(error) for error in errors.mean(axis=1))
+    classes = values.reshape(len(values), -1) if values[0].size == values.shape[-1] else None
+    if classes is None or labels.ndim != 1:
+        raise UsageError(f"{metric} needs one row of class scores a sample; the output has shape {output.shape}")
+    if labels.min() < 0 or labels.max() >= classes.shape[1]:
+        raise UsageError(
+            f"the labels span {labels.min()} to {labels.max()}, but the output has {classes.shape[1]} classes"
+        )
+    count = min(1 if metric == "top1" else 5, classes.shape[1])
+    # Stable order, so that equal scores are ranked alike on every machine.
+    best = np.argsort(-classes, axis=1, kind="stable")[:, :count]
+    return tuple(float(hit) for hit in (best == labels[:, None]).any(axis=1))
