@@ -1,0 +1,328 @@
+"""Steps 1 to 4 of the spine: a model reference and a recipe become an artifact, or the cache already has it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+import edgedeploy
+from edgedeploy.backends import Backend, backend, parse_options
+from edgedeploy.documents import encode_json, read_json, to_builtins, write_json
+from edgedeploy.errors import BackendMissing, DocumentError, UsageError
+from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
+from edgedeploy.prepare.identity import source_identity
+from edgedeploy.records.artifact import FORMAT, Artifact, OptionValue, Recipe
+from edgedeploy.records.model import FORMAT as MODEL_FORMAT
+from edgedeploy.records.model import Model, TensorSpec
+from edgedeploy.records.quantization import QuantizationTable
+from edgedeploy.records.target import BackendRules, Int8Rules, Precision, Target, load_target
+from edgedeploy.results import utc_now
+from edgedeploy.storage import cache_dir, sha256_bytes, sha256_file
+
+Progress = Callable[[str], None]
+
+# Everything on the host that can change an artifact's bytes; a back end adds its own packages.
+_EXPORT_PACKAGES = ("torch", "onnxscript")
+_GRAPH_PACKAGES = ("numpy", "onnx", "onnxslim", "onnxruntime")
+# Samples that a conversion is checked on when there is no calibration set: enough to see a wrong axis or a lost branch.
+_RANDOM_SAMPLES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """One model for one cell.
+
+    Attributes:
+        name: how people call the model.
+        base: folder that relative paths and modules are looked up in.
+        inputs: empty: what the model's own file says.
+        calibration: samples for int8 ranges and for the checks of every conversion; None: random ones (checks only).
+    """
+
+    name: str
+    source: str
+    base: Path
+    target: str
+    backend: str
+    precision: Precision
+    weights: Path | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    calibration: Path | None = None
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    trust_pickle: bool = False
+    rebuild: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An artifact and the folder that holds it and its manifest."""
+
+    artifact: Artifact
+    folder: Path
+    is_cached: bool
+
+    @property
+    def file(self) -> Path:
+        """The binary."""
+        return self.folder / self.artifact.file
+
+
+def build(request: BuildRequest, progress: Progress) -> Built:
+    """Build one artifact, or return the cached one of the same recipe.
+
+    Raises:
+        UsageError, ModelError, ToolchainError: as the classes say; the cache keeps only finished artifacts.
+    """
+    runtime = backend(request.backend)
+    target = this_target(request.target)
+    rules = _rules(runtime, target, request.precision)
+    options = parse_options(runtime.options, {**rules.options, **request.options})
+    recipe = _recipe(request, runtime, target, {**rules.options, **request.options})
+    key = sha256_bytes(encode_json(recipe))
+    folder = cache_dir() / "artifacts" / key
+    if not request.rebuild and (stored := _stored(folder, key)):
+        progress(f"{request.name}: unchanged, taken from the cache ({key[:8]})")
+        return Built(stored, folder, is_cached=True)
+    if reason := runtime.missing():
+        raise BackendMissing(reason)
+    with _staging(folder) as work:
+        model = canonical_model(request, progress)
+        if request.precision == "int8":
+            assert rules.int8 is not None
+            model, table = _quantized(request, model, rules.int8, work, progress)
+            write_json(work / "quantization.json", table)
+        file = work / f"model{runtime.suffix}"
+        progress(f"{request.name}: compiling for {target.name} with {runtime.name} {request.precision}")
+        runtime.compile(model, target, options, file)
+        artifact = Artifact(
+            name=f"{request.name}-{target.name}-{runtime.name}-{request.precision}",
+            file=file.name,
+            sha256=sha256_file(file),
+            size_bytes=file.stat().st_size,
+            key=key,
+            recipe=recipe,
+            inputs=model.inputs,
+            outputs=model.outputs,
+            fidelity=model.fidelity,
+            compression=model.compression,
+            layers=runtime.inspect(file),
+            created_utc=utc_now(),
+        )
+        write_json(work / "manifest.json", artifact)
+    return Built(artifact, folder, is_cached=False)
+
+
+def load_artifact(folder: Path) -> Built:
+    """Read a folder that `compile` wrote.
+
+    Raises:
+        DocumentError: no manifest, or the binary is not the one that the manifest describes.
+    """
+    manifest = folder / "manifest.json" if folder.is_dir() else folder
+    artifact = read_json(manifest, Artifact, FORMAT)
+    file = manifest.parent / artifact.file
+    if not file.is_file():
+        raise DocumentError(f"{manifest} describes {artifact.file}, which is not beside it; compile again")
+    if sha256_file(file) != artifact.sha256:
+        raise DocumentError(f"{file} is not the file that {manifest} describes (its sha256 differs); compile again")
+    return Built(artifact, manifest.parent, is_cached=True)
+
+
+def deliver(built: Built, folder: Path) -> Built:
+    """Copy an artifact and its manifest into a folder; the manifest goes last, so that it never describes a torso."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in [built.artifact.file, "quantization.json", "manifest.json"]:
+        if (built.folder / name).is_file():
+            part = folder / f".{name}.part"
+            shutil.copyfile(built.folder / name, part)
+            part.replace(folder / name)
+    return Built(built.artifact, folder, built.is_cached)
+
+
+def this_target(name: str) -> Target:
+    """Read a target, resolving `host` to what this machine is."""
+    return load_target(name, machine=platform.machine(), isa=_this_isa())
+
+
+@cache
+def _this_isa() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _rules(runtime: Backend, target: Target, precision: Precision) -> BackendRules:
+    rules = target.backends.get(runtime.name)
+    if rules is None:
+        known = ", ".join(target.backends) or "none"
+        raise UsageError(f"target {target.name!r} has no rules for back end {runtime.name!r} (it has: {known})")
+    if precision not in rules.precisions or precision not in runtime.precisions:
+        allowed = ", ".join(sorted(runtime.precisions.intersection(rules.precisions)))
+        raise UsageError(f"{runtime.name} for target {target.name!r} does not do {precision} (it does: {allowed})")
+    if precision == "int8" and rules.int8 is None:
+        raise UsageError(
+            f"target {target.name!r} gives {runtime.name} no int8 rules; add [backends.{runtime.name}.int8]"
+        )
+    return rules
+
+
+def _recipe(request: BuildRequest, runtime: Backend, target: Target, options: Mapping[str, OptionValue]) -> Recipe:
+    if ":" in request.source and not request.inputs:
+        raise UsageError(
+            f"{request.source} comes from Python, so its inputs must be named; give --input NAME=1x3x224x224, or "
+            f"[inputs.NAME] in the release file"
+        )
+    if request.precision == "int8" and request.calibration is None:
+        raise UsageError(
+            f"{request.name}: int8 needs samples to calibrate on; give --calibration (a folder or an .npz), "
+            f"or [calibration] in the release file"
+        )
+    packages = (*_source_packages(request.source), *runtime.packages)
+    return Recipe(
+        model=request.name,
+        model_sha256=source_identity(request.source, request.base),
+        weights_sha256=_file_digest(request.weights) if request.weights else "",
+        inputs=request.inputs,
+        calibration=str(request.calibration.name) if request.calibration else "",
+        calibration_sha256=_set_digest(request.calibration) if request.calibration else "",
+        target=target.name,
+        target_sha256=sha256_bytes(encode_json(target)),
+        backend=runtime.name,
+        precision=request.precision,
+        options=dict(sorted(options.items())),
+        toolchain={"edgedeploy": edgedeploy.__version__, **{name: _version(name) for name in sorted({*packages})}},
+    )
+
+
+def _source_packages(source: str) -> tuple[str, ...]:
+    return _GRAPH_PACKAGES if source.endswith(".onnx") else (*_EXPORT_PACKAGES, *_GRAPH_PACKAGES)
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"the file {path} does not exist")
+    return sha256_file(path)
+
+
+def _set_digest(path: Path) -> str:
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return sha256_bytes("\n".join(f"{file.name}={sha256_file(file)}" for file in files).encode())
+    return _file_digest(path)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _stored(folder: Path, key: str) -> Artifact | None:
+    """Return the cached artifact if it is whole; a damaged one is built anew."""
+    try:
+        built = load_artifact(folder)
+    except DocumentError:
+        return None
+    return built.artifact if built.artifact.key == key else None
+
+
+class _staging:
+    """A folder beside `final` that takes its place when the block succeeds and vanishes when it does not."""
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+
+    def __enter__(self) -> Path:
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        self._work = Path(tempfile.mkdtemp(prefix=f".{self._final.name[:8]}-", dir=self._final.parent))
+        return self._work
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            for leftover in self._work.iterdir():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+            if self._final.exists():
+                # A damaged or explicitly rebuilt entry; two builders of one recipe write the same bytes.
+                stale = Path(tempfile.mkdtemp(prefix=".stale-", dir=self._final.parent))
+                self._final.rename(stale / "entry")
+                shutil.rmtree(stale)
+            self._work.rename(self._final)
+        else:
+            shutil.rmtree(self._work, ignore_errors=True)
+
+
+def canonical_model(request: BuildRequest, progress: Progress) -> Model:
+    """Return the simplified fp32 ONNX, exported once for all precisions and back ends of the same source."""
+    identity = [
+        edgedeploy.__version__,
+        source_identity(request.source, request.base),
+        _file_digest(request.weights) if request.weights else "",
+        _set_digest(request.calibration) if request.calibration else "",
+        *(repr(to_builtins(spec)) for spec in request.inputs),
+        *(f"{name}={_version(name)}" for name in _source_packages(request.source)),
+    ]
+    folder = cache_dir() / "models" / sha256_bytes("\n".join(identity).encode())
+    if not request.rebuild and (stored := _stored_model(folder)):
+        progress(f"{request.name}: exported before, taken from the cache")
+        return stored
+    from edgedeploy.prepare.export import declared_inputs, export
+    from edgedeploy.prepare.load import load
+    from edgedeploy.prepare.simplify import simplify
+
+    progress(f"{request.name}: loading {request.source}")
+    loaded = load(request.source, request.weights, base=request.base, trust_pickle=request.trust_pickle)
+    with _staging(folder) as stage:
+        scratch = stage / "scratch"
+        scratch.mkdir()
+        samples = _samples(request, request.inputs or declared_inputs(loaded) or ())
+        progress(f"{request.name}: exporting to ONNX and comparing with the source on {samples.count} samples")
+        model = export(loaded, request.inputs or None, samples, scratch / "exported.onnx")
+        progress(f"{request.name}: simplifying")
+        model = simplify(model, samples, stage / "model.onnx")
+        model = msgspec.structs.replace(model, path=str(folder / "model.onnx"))
+        write_json(stage / "model.json", model)
+    return model
+
+
+def _stored_model(folder: Path) -> Model | None:
+    try:
+        model = read_json(folder / "model.json", Model, MODEL_FORMAT)
+    except DocumentError:
+        return None
+    path = Path(model.path)
+    return model if path.is_file() and sha256_file(path) == model.sha256 else None
+
+
+def _samples(request: BuildRequest, inputs: Sequence[TensorSpec]) -> Samples:
+    if request.calibration is not None:
+        return load_samples(request.calibration, inputs)
+    return random_samples(inputs, _RANDOM_SAMPLES, seed=0)
+
+
+def _quantized(
+    request: BuildRequest, model: Model, rules: Int8Rules, work: Path, progress: Progress
+) -> tuple[Model, QuantizationTable]:
+    from edgedeploy.prepare.emit import emit
+    from edgedeploy.prepare.quantize import quantize
+
+    samples = _samples(request, model.inputs)
+    progress(f"{request.name}: calibrating on {samples.count} samples of {samples.name}")
+    table = quantize(model, samples, rules, progress=lambda text: progress(f"{request.name}: {text}"))
+    progress(f"{request.name}: emitting the int8 form and comparing with fp32")
+    return emit(model, table, rules, samples, work / "quantized.onnx"), table

@@ -1,0 +1,110 @@
+"""What exists here: targets, devices, back ends, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgedeploy.backends import load_backends
+from edgedeploy.build import Progress, this_target
+from edgedeploy.documents import read_toml
+from edgedeploy.errors import EdgedeployError
+from edgedeploy.lab import bundle
+from edgedeploy.lab.inventory import device as device_of
+from edgedeploy.lab.inventory import lab_path, load_lab, open_transport
+from edgedeploy.records.device import Device, DeviceFacts
+from edgedeploy.records.target import FORMAT, Target, target_files
+from edgedeploy.storage import cache_dir
+
+
+def targets() -> dict[str, Target]:
+    """Return every target as written."""
+    return {name: read_toml(path, Target, FORMAT) for name, path in target_files().items()}
+
+
+def devices(lab: Path | None) -> dict[str, Device]:
+    """Return every device of the lab file, and `local`."""
+    return dict(load_lab(lab_path(lab)).devices)
+
+
+def device(name: str, lab: Path | None) -> Device:
+    """Return one device; raises UsageError with the likely intended name."""
+    return device_of(load_lab(lab_path(lab)), name)
+
+
+def check_devices(
+    names: Sequence[str], lab: Path | None, progress: Progress
+) -> list[tuple[str, DeviceFacts | None, str]]:
+    """Reach each device, start the runner, and return (name, facts or None, what went wrong)."""
+    known = devices(lab)
+    checks: list[tuple[str, DeviceFacts | None, str]] = []
+    for name in names or tuple(known):
+        entry = device(name, lab)
+        progress(f"{name}: reaching")
+        try:
+            with (
+                open_transport(name, entry) as transport,
+                bundle.connect(transport, entry, device_name=name) as agent,
+            ):
+                checks.append((name, agent.facts, ""))
+        except EdgedeployError as error:
+            checks.append((name, None, str(error)))
+    return checks
+
+
+# Part → (distributions that it needs, what it is for).
+_PARTS = {
+    "torch": (("torch", "onnx", "onnxscript", "onnxslim", "onnxruntime"), "models from PyTorch"),
+    "onnxruntime": (("onnx", "onnxslim", "onnxruntime"), "models from ONNX; compiling for ONNX Runtime"),
+    "ssh": (("paramiko",), "devices over SSH"),
+}
+
+
+def examine(lab: Path | None) -> list[tuple[str, str, str]]:
+    """Return (part, state, what to do next or "") for everything that a person may miss."""
+    findings = [("Python", sys.version.split()[0], "")]
+    for extra, (distributions, purpose) in _PARTS.items():
+        absent = [name for name in distributions if not _version(name)]
+        versions = ", ".join(f"{name} {_version(name)}" for name in distributions if _version(name))
+        fix = f"pip install 'edgedeploy[{extra}]'  ({purpose})" if absent else ""
+        findings.append((f"extra {extra}", f"missing: {', '.join(absent)}" if absent else versions, fix))
+    found, broken = load_backends()
+    for name, backend in sorted(found.items()):
+        reason = backend.missing()
+        findings.append((f"back end {name}", "cannot compile here" if reason else "ready", reason or ""))
+    findings += [(f"back end {name}", "broken plugin", problem) for name, problem in sorted(broken.items())]
+    findings.append(("target host", f"is {this_target('host').name}", ""))
+    try:
+        path = lab_path(lab)
+        count = len(load_lab(path).devices)
+        findings.append(
+            ("lab", f"{path}: {count} devices" if path.exists() else f"{path}: not written; only local", "")
+        )
+    except EdgedeployError as error:
+        findings.append(("lab", "unusable", str(error)))
+    free = shutil.disk_usage(_existing(cache_dir())).free
+    findings.append(("cache", f"{cache_dir()} ({free // 2**20} MiB free)", ""))
+    for variable in (
+        "EDGEDEPLOY_CACHE_DIR",
+        "EDGEDEPLOY_LAB",
+        "EDGEDEPLOY_TARGETS",
+        "EDGEDEPLOY_RESULTS",
+        "EDGEDEPLOY_LOG",
+    ):
+        findings.append((variable, os.environ.get(variable, "not set"), ""))
+    return findings
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,129 @@
+"""The command line: parses, calls one pipeline function, prints, chooses the exit code. Nothing else prints."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+import edgedeploy
+from edgedeploy.errors import EdgedeployError, InternalError
+
+# verb → the module of edgedeploy.cli that holds it: --help must not import what no verb on screen needs.
+_VERBS = {
+    "init": "release",
+    "run": "release",
+    "doctor": "doctor",
+    "inspect": "building",
+    "compile": "building",
+    "bench": "measuring",
+    "compare": "measuring",
+    "gate": "measuring",
+    "baseline": "baselines",
+    "targets": "catalogue",
+    "devices": "catalogue",
+    "backends": "catalogue",
+}
+_SUMMARIES = {
+    "init": "Write a commented edgedeploy.toml.",
+    "run": "Build, measure and judge every cell of a release file.",
+    "doctor": "Say what is missing here and the command that fixes it.",
+    "inspect": "Say what a model or artifact is and what compression it carries.",
+    "compile": "Turn a model into an artifact for one target.",
+    "bench": "Measure one artifact on a device.",
+    "compare": "Show how candidate B differs from baseline A.",
+    "gate": "Judge a candidate against a baseline; the exit code is the verdict.",
+    "baseline": "Bless a run as the reference, or show the blessed ones.",
+    "targets": "The kinds of device that can be built for.",
+    "devices": "The physical devices that can be reached.",
+    "backends": "The runtimes that can be compiled for.",
+}
+
+
+class _Verbs(click.Group):
+    """Lists every verb without importing it."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _VERBS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"edgedeploy.cli.{_VERBS[name]}"), f"{name}_command")
+        return command
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0] if arguments else ""
+        if name and not name.startswith("-") and name not in _VERBS:
+            import difflib
+
+            close = difflib.get_close_matches(name, _VERBS, n=1)
+            context.fail(f"there is no command {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return super().resolve_command(context, arguments)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_SUMMARIES.items()))
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 passed, 1 the gate says no, 2 wrong usage, 3 could not build or measure, 4 inconclusive, "
+    "70 a bug in edgedeploy.",
+)
+@click.version_option(edgedeploy.__version__, prog_name="edgedeploy")
+def cli() -> None:
+    """Compile compressed PyTorch models for edge devices, measure them there, and gate releases.
+
+    A first verdict: edgedeploy init, then edgedeploy run.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; every error becomes one sentence on stderr."""
+    try:
+        result: Any = cli.main(args=arguments, prog_name="edgedeploy", standalone_mode=False)
+    except EdgedeployError as error:
+        return _complain(str(error), type(error).__name__, error.exit_code, arguments)
+    except click.UsageError as error:
+        hint = f"\nTry: {error.ctx.command_path} --help" if error.ctx else ""
+        return _complain(f"{error.format_message()}{hint}", "UsageError", 2, arguments)
+    except click.ClickException as error:
+        return _complain(error.format_message(), "UsageError", 2, arguments)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted; the device was released", "Interrupted", 130, arguments)
+    except BrokenPipeError:
+        # The reader of our stdout left (| head); writing more, even at exit, would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _complain(f"{error.filename or 'the system'}: {error.strerror or error}", "OSError", 3, arguments)
+    except Exception as error:  # the last resort: a bug is reported as one
+        if os.environ.get("EDGEDEPLOY_LOG", "").lower() == "debug":
+            raise
+        text = (
+            f"a bug in edgedeploy: {type(error).__name__}: {error}; please report it with the output of the same "
+            f"command under EDGEDEPLOY_LOG=debug"
+        )
+        return _complain(text, "InternalError", InternalError.exit_code, arguments)
+    return result if isinstance(result, int) else 0
+
+
+def _complain(text: str, kind: str, code: int, arguments: list[str]) -> int:
+    if "--json" in arguments:
+        import json
+
+        click.echo(json.dumps({"format": "edgedeploy.error/1", "kind": kind, "message": text, "exit_code": code}))
+    click.echo(f"edgedeploy: {text}", err=True)
+    return code

@@ -1,0 +1,107 @@
+"""The verbs that make or open artifacts: compile, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgedeploy.cli import console
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  edgedeploy compile package.module:factory --weights w.safetensors --input image=batchx3x224x224 \\
+      --target host --backend onnxruntime --precision int8 --calibration samples.npz -o build/int8
+  edgedeploy compile model.onnx --target raspberry-pi-5 --precision fp32 -o build/pi5
+""",
+)
+@click.argument("source")
+@click.option("--weights", type=click.Path(path_type=Path), help="A state_dict: .safetensors, or .pt of tensors only.")
+@click.option(
+    "--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="E.g. image=1x3x224x224:float32; repeatable."
+)
+@click.option("--target", default="host", show_default=True, help="A kind of device; see: edgedeploy targets list.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="A runtime; see: edgedeploy backends list.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
+@click.option("--calibration", type=click.Path(path_type=Path), help="A calibration folder or an .npz.")
+@click.option("-O", "options", multiple=True, metavar="KEY=VALUE", help="An option of the back end; repeatable.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR")
+@click.option("--name", help="What to call the model. [default: from SOURCE]")
+@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
+@console.quiet_option
+@console.json_option
+def compile_command(
+    source: str,
+    weights: Path | None,
+    inputs: tuple[str, ...],
+    target: str,
+    backend: str,
+    precision: str,
+    calibration: Path | None,
+    options: tuple[str, ...],
+    output: Path,
+    name: str | None,
+    trust_pickle: bool,
+    rebuild: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Turn SOURCE into an artifact and its manifest.json in DIR.
+
+    SOURCE is a Python reference package.module:factory, a .pt2 exported program, or a .onnx file.
+    """
+    from edgedeploy import pipeline
+
+    built = pipeline.compile(
+        source,
+        weights=weights,
+        inputs=inputs,
+        target=target,
+        backend=backend,
+        precision=precision,
+        calibration=calibration,
+        options=console.parse_pairs(options),
+        output=output,
+        name=name,
+        trust_pickle=trust_pickle,
+        rebuild=rebuild,
+        progress=console.progress(quiet),
+    )
+    if as_json:
+        console.print_json(
+            {**pipeline.as_document(built.artifact), "folder": str(built.folder), "cached": built.is_cached}
+        )
+        return
+    from edgedeploy.render.text import artifact_text
+
+    click.echo(artifact_text(built.artifact, color=console.uses_color(), width=console.terminal_width()))
+    click.echo(f"{'unchanged, from the cache' if built.is_cached else 'built'}: {built.file}")
+
+
+@click.command(epilog="Example: edgedeploy inspect model.onnx")
+@click.argument("model")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights for a Python reference.")
+@click.option("--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="For a Python reference.")
+@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@console.quiet_option
+@console.json_option
+def inspect_command(
+    model: str, weights: Path | None, inputs: tuple[str, ...], trust_pickle: bool, quiet: bool, as_json: bool
+) -> None:
+    """Say what MODEL is: inputs, outputs, parameters, MACs, operators, compression.
+
+    MODEL is an artifact folder, a .onnx, a .pt2, or a Python reference.
+    """
+    from edgedeploy import pipeline
+    from edgedeploy.render import text
+
+    record = pipeline.inspect(
+        model, weights=weights, inputs=inputs, trust_pickle=trust_pickle, progress=console.progress(quiet)
+    )
+    if as_json:
+        console.print_json(pipeline.as_document(record))
+    else:
+        click.echo(text.inspection_text(record, color=console.uses_color(), width=console.terminal_width()))

@@ -1,0 +1,560 @@
+"""THE SPINE: from a model reference to a verdict; the only file that knows every room.
+
+model ─ build: load, export, simplify, quantize, emit, compile ─▶ artifact
+      ─ measure: ship, outputs, memory, interleaved visits ─▶ runs ─ judge ─▶ verdict ─ render
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgedeploy.build import BuildRequest, Built, Progress, build, deliver, load_artifact
+from edgedeploy.documents import Record, closest, line_of, to_builtins, write_json
+from edgedeploy.errors import DeviceError, DocumentError, ModelError, ToolchainError, UsageError
+from edgedeploy.lab.inventory import device as device_of
+from edgedeploy.lab.inventory import lab_path, load_lab
+from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
+from edgedeploy.records.artifact import Artifact, OptionValue
+from edgedeploy.records.model import Model, TensorSpec
+from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs, load_release
+from edgedeploy.records.run import Run
+from edgedeploy.records.target import ConditionLimits, Precision
+from edgedeploy.records.verdict import CellVerdict, Margin, Metric, Policy, Verdict
+from edgedeploy.results import Results, load_run, utc_now
+from edgedeploy.storage import write_atomic
+
+
+def _silent(text: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A run and the file that keeps it."""
+
+    file: str
+    run: Run
+
+
+Pair = tuple[StoredRun, StoredRun]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A verdict with what it rests on.
+
+    Attributes:
+        runs: file of a run (as the verdict names it) → the run.
+        artifacts: cell → artifact.
+        problems: the cells that could not be built or measured; the verdict has them as INCONCLUSIVE.
+        files: label → where something was written.
+    """
+
+    verdict: Verdict
+    runs: Mapping[str, Run]
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    problems: tuple[CellVerdict, ...] = ()
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- the whole spine
+
+
+def run(
+    release_file: Path,
+    *,
+    cells: Sequence[str] = (),
+    rebuild: bool = False,
+    trust_pickle: bool = False,
+    seed: int = 0,
+    lab: Path | None = None,
+    results: Path = Path("bench_results"),
+    progress: Progress = _silent,
+) -> Outcome:
+    """Build, measure and judge every candidate cell of a release file.
+
+    A cell that cannot be built or measured does not stop the others: it is INCONCLUSIVE, with the reason, and stands in
+    `Outcome.problems`.
+
+    Raises:
+        UsageError: the release file, a name or a file in it is wrong.
+        EdgedeployError: the only cell could not be built or measured; what was measured is stored and named.
+    """
+    release, policy = read_release(release_file)
+    inventory = load_lab(lab_path(lab))
+    judged_cells = _judged_cells(release_file, release, cells)
+    built: dict[str, Built] = {}
+    pairs: list[Pair] = []
+    problems: list[CellVerdict] = []
+    for candidate, baseline in judged_cells:
+        try:
+            for cell in (baseline, candidate):
+                if cell.name not in built:
+                    built[cell.name] = build(_request(release_file, release, cell, rebuild, trust_pickle), progress)
+            request = MeasureRequest(
+                sides=((baseline.name, built[baseline.name]), (candidate.name, built[candidate.name])),
+                device_name=candidate.device,
+                device=device_of(inventory, candidate.device),
+                limits=_limits(candidate.target),
+                evaluation=_evaluation(release_file, release),
+                blocks=policy.max_blocks,
+                seed=seed,
+            )
+            pairs.append(_measured_pair(request, policy, len(judged_cells), Results(results), progress))
+        except (ModelError, ToolchainError, DeviceError) as error:
+            if len(judged_cells) == 1:
+                raise
+            progress(f"{candidate.name}: {error}")
+            problems.append(_unjudged(candidate, baseline, error))
+    artifacts = {name: one.artifact for name, one in built.items()}
+    outcome = _judged(release.name, pairs, policy, artifacts, _leakage_notes(release_file, release, artifacts))
+    return _with_problems(outcome, problems)
+
+
+def plan(release_file: Path, *, cells: Sequence[str] = ()) -> list[str]:
+    """Return in words what `run` would do, without doing it."""
+    release, policy = read_release(release_file)
+    steps = []
+    for candidate, baseline in _judged_cells(release_file, release, cells):
+        for cell in (baseline, candidate):
+            step = f"build {cell.name}: {cell.model} for {cell.target} with {cell.backend} {cell.precision}"
+            steps += [] if step in steps else [step]
+        steps.append(
+            f"measure {baseline.name} and {candidate.name} interleaved on {candidate.device}, at most "
+            f"{policy.max_blocks} blocks"
+        )
+        margins = ", ".join(f"{metric} {margin.text}" for metric, margin in policy.margins.items())
+        steps.append(f"judge {candidate.name} against {baseline.name}: {margins or 'no margins, nothing is judged'}")
+    return steps
+
+
+# ---------------------------------------------------------------- one step each
+
+
+def compile(
+    source: str,
+    *,
+    weights: Path | None = None,
+    inputs: Sequence[str | TensorSpec] = (),
+    target: str = "host",
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
+    calibration: Path | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+    output: Path | None = None,
+    name: str | None = None,
+    trust_pickle: bool = False,
+    rebuild: bool = False,
+    progress: Progress = _silent,
+) -> Built:
+    """Turn a model into an artifact; with `output`, copy it and its manifest there."""
+    request = BuildRequest(
+        name=name or _model_name(source),
+        source=source,
+        base=Path.cwd(),
+        weights=weights,
+        inputs=tuple(one if isinstance(one, TensorSpec) else parse_input(one) for one in inputs),
+        target=target,
+        backend=backend,
+        precision=_precision(precision),
+        calibration=calibration,
+        options=options or {},
+        trust_pickle=trust_pickle,
+        rebuild=rebuild,
+    )
+    built = build(request, progress)
+    return deliver(built, output) if output else built
+
+
+def bench(
+    artifact: Path,
+    *,
+    device: str = "local",
+    lab: Path | None = None,
+    evaluation: Path | None = None,
+    metric: str = "top1",
+    output_name: str = "",
+    visits: int = 5,
+    seed: int = 0,
+    results: Path = Path("bench_results"),
+    progress: Progress = _silent,
+) -> tuple[Run, Path]:
+    """Measure one artifact and store the run; return it and its file."""
+    built = load_artifact(artifact)
+    request = MeasureRequest(
+        sides=((built.artifact.name, built),),
+        device_name=device,
+        device=device_of(load_lab(lab_path(lab)), device),
+        limits=_limits(built.artifact.recipe.target),
+        evaluation=Evaluation(path=evaluation, metric=metric, output=output_name) if evaluation else None,
+        blocks=visits,
+        seed=seed,
+    )
+    (stored,) = _stored_runs(request, lambda runs: False, Results(results), progress)
+    return stored.run, Path(stored.file)
+
+
+def gate(
+    candidate: str,
+    *,
+    baseline: str | None = None,
+    margins: Sequence[str] = (),
+    max_blocks: int = 16,
+    device: str = "local",
+    lab: Path | None = None,
+    evaluation: Path | None = None,
+    metric: str = "top1",
+    output_name: str = "",
+    seed: int = 0,
+    results: Path = Path("bench_results"),
+    progress: Progress = _silent,
+) -> Outcome:
+    """Judge a candidate against a baseline: two artifact folders are measured, two stored runs are judged as they are.
+
+    Args:
+        candidate: an artifact folder, or a stored run.
+        baseline: likewise; None: the blessed run of the candidate's target and model.
+        margins: "metric=amount"; empty: accuracy=-1pt, latency_p50=+5%, peak_memory=+10%, artifact_size=+10%.
+    """
+    policy = Policy(margins=_margins(margins or DEFAULT_MARGINS), max_blocks=max_blocks, min_blocks=min(4, max_blocks))
+    store = Results(results)
+    artifacts: dict[str, Artifact] = {}
+    if _is_artifact(candidate):
+        if baseline is None or not _is_artifact(baseline):
+            raise UsageError(
+                f"{candidate} is an artifact, so its baseline must be one too (--baseline FOLDER): latency is judged "
+                f"only on two artifacts measured interleaved"
+            )
+        sides = (_side(baseline), _side(candidate))
+        if sides[0][0] == sides[1][0]:
+            sides = ((f"{sides[0][0]} (baseline)", sides[0][1]), (f"{sides[1][0]} (candidate)", sides[1][1]))
+        artifacts = {name: one.artifact for name, one in sides}
+        request = MeasureRequest(
+            sides=sides,
+            device_name=device,
+            device=device_of(load_lab(lab_path(lab)), device),
+            limits=_limits(sides[1][1].artifact.recipe.target),
+            evaluation=Evaluation(path=evaluation, metric=metric, output=output_name) if evaluation else None,
+            blocks=max_blocks,
+            seed=seed,
+        )
+        pair = _measured_pair(request, policy, 1, store, progress)
+    else:
+        pair = _stored_pair(store, candidate, baseline)
+    return _judged(f"{pair[1].run.cell} against {pair[0].run.cell}", [pair], policy, artifacts)
+
+
+def inspect(
+    model: str,
+    *,
+    weights: Path | None = None,
+    inputs: Sequence[str] = (),
+    trust_pickle: bool = False,
+    progress: Progress = _silent,
+) -> Model | Artifact:
+    """Return what a model is: its Artifact for a folder that `compile` wrote, else its Model after export."""
+    from edgedeploy.build import canonical_model
+
+    if _is_artifact(model):
+        return load_artifact(Path(model)).artifact
+    return canonical_model(
+        BuildRequest(
+            name=_model_name(model),
+            source=model,
+            base=Path.cwd(),
+            weights=weights,
+            inputs=tuple(parse_input(one) for one in inputs),
+            target="host",
+            backend="onnxruntime",
+            precision="fp32",
+            trust_pickle=trust_pickle,
+        ),
+        progress,
+    )
+
+
+def init(path: Path, *, force: bool = False) -> Path:
+    """Write a commented release file."""
+    if path.is_dir():
+        path = path / "edgedeploy.toml"
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; give another path, or --force to replace it")
+    write_atomic(path, (Path(__file__).parent / "release_template.toml").read_bytes())
+    return path
+
+
+def write_reports(
+    outcome: Outcome, *, junit: Path | None = None, markdown: Path | None = None, html: Path | None = None
+) -> None:
+    """Write the verdict in the forms that were asked for, and note in `outcome.files` where."""
+    from edgedeploy.render.html import report_html
+    from edgedeploy.render.junit import verdict_junit
+    from edgedeploy.render.markdown import verdict_markdown
+
+    forms: dict[str, tuple[Path | None, Callable[[], str]]] = {
+        "JUnit": (junit, lambda: verdict_junit(outcome.verdict)),
+        "Markdown": (markdown, lambda: verdict_markdown(outcome.verdict, outcome.runs)),
+        "report": (html, lambda: report_html(outcome.verdict, outcome.runs, outcome.artifacts)),
+    }
+    for label, (path, render) in forms.items():
+        if path is not None:
+            write_atomic(path, render().encode())
+            outcome.files[label] = path
+    if html is not None:
+        write_json(html.with_suffix(".json"), outcome.verdict)
+        outcome.files["verdict"] = html.with_suffix(".json")
+
+
+def report_path(outcome: Outcome, results: Path) -> Path:
+    """Return where `run` puts its HTML report and verdict by default."""
+    time = re.sub(r"[^0-9TZ]", "", outcome.verdict.judged_utc)
+    return results / "reports" / f"{time}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.verdict.name)}.html"
+
+
+def as_document(record: Record) -> dict[str, Any]:
+    """Return a record as one JSON document whose first key is its format."""
+    document: dict[str, Any] = to_builtins(record)
+    return {"format": f"edgedeploy.{type(record).__name__.lower()}/1", **document}
+
+
+# ---------------------------------------------------------------- what the verbs share
+
+
+DEFAULT_MARGINS = ("accuracy=-1pt", "latency_p50=+5%", "peak_memory=+10%", "artifact_size=+10%")
+
+
+def read_release(path: Path) -> tuple[Release, Policy]:
+    """Read a release file and its gate's policy."""
+    from edgedeploy.judge.margin import margin_from_text
+
+    release = load_release(path)
+    margins: dict[Metric, Margin] = {}
+    for metric, text in to_builtins(release.gate.margins).items():
+        if text:
+            try:
+                margins[metric] = margin_from_text(metric, text)
+            except ValueError as error:
+                raise DocumentError(f"{line_of(path, 'gate', 'margins', metric)}: {error}") from error
+    gate = release.gate
+    return release, Policy(
+        margins=margins, error_rate=gate.error_rate, min_blocks=gate.min_blocks, max_blocks=gate.max_blocks
+    )
+
+
+def parse_input(text: str) -> TensorSpec:
+    """Parse NAME=1x3x224x224[:float32]; a word instead of a number names a dynamic axis.
+
+    >>> parse_input("image=batchx3x8x8").shape
+    ('batch', 3, 8, 8)
+    """
+    import msgspec
+
+    name, equals, rest = text.partition("=")
+    shape, _, dtype = rest.partition(":")
+    if not equals or not name or not shape:
+        raise UsageError(f"--input {text} is not of the form NAME=1x3x224x224[:float32]")
+    axes = tuple(int(axis) if axis.isdigit() else axis for axis in re.split(r"(?<=\d)x|x(?=\d)", shape))
+    if any(axis == 0 or (isinstance(axis, str) and not axis.isidentifier()) for axis in axes):
+        raise UsageError(
+            f"--input {text}: every axis is a positive number or a name, joined by x, as in batchx3x224x224"
+        )
+    try:
+        return msgspec.convert({"name": name, "dtype": dtype or "float32", "shape": axes}, TensorSpec)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"--input {text}: {error}") from error
+
+
+def _precision(text: str) -> Precision:
+    known: tuple[Precision, ...] = typing.get_args(Precision)
+    for precision in known:
+        if text == precision:
+            return precision
+    raise UsageError(f"there is no precision {text!r} (known: {', '.join(known)})")
+
+
+def _model_name(source: str) -> str:
+    """Return what to call a model: the factory or the file's stem.
+
+    >>> _model_name("package.module:dense"), _model_name("dir/net.onnx")
+    ('dense', 'net')
+    """
+    return source.partition(":")[2] or Path(source).stem
+
+
+def _judged_cells(path: Path, release: Release, names: Sequence[str]) -> list[tuple[CellEntry, CellEntry]]:
+    """Return (candidate, baseline) for every candidate cell that was asked for."""
+    known = [cell.name for cell in release.cells]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{path} has no cell {name!r}{closest(name, known)} (known: {', '.join(known)})")
+    pairs = [(cell, baseline_of(release, cell)) for cell in release.cells if not names or cell.name in names]
+    judged = [(cell, baseline) for cell, baseline in pairs if baseline is not None]
+    if not judged:
+        raise UsageError(f"{path} lists nothing to judge: add a [[cells]] entry beside the baseline")
+    return judged
+
+
+def _request(path: Path, release: Release, cell: CellEntry, rebuild: bool, trust_pickle: bool) -> BuildRequest:
+    model, base = release.models[cell.model], path.parent
+    return BuildRequest(
+        name=cell.model,
+        source=model.source,
+        base=base,
+        weights=base / model.weights if model.weights else None,
+        inputs=input_specs(release, model),
+        target=cell.target,
+        backend=cell.backend,
+        precision=cell.precision,
+        calibration=base / release.calibration.set if release.calibration else None,
+        options=cell.options,
+        rebuild=rebuild,
+        trust_pickle=trust_pickle,
+    )
+
+
+def _evaluation(path: Path, release: Release) -> Evaluation | None:
+    entry = release.evaluation
+    return Evaluation(path=path.parent / entry.set, metric=entry.metric, output=entry.output) if entry else None
+
+
+def _unjudged(candidate: CellEntry, baseline: CellEntry, error: Exception) -> CellVerdict:
+    return CellVerdict(
+        cell=candidate.name,
+        baseline_cell=baseline.name,
+        device=candidate.device,
+        target=candidate.target,
+        decision="INCONCLUSIVE",
+        findings=(),
+        notes=(f"could not be built or measured: {error}",),
+    )
+
+
+def _with_problems(outcome: Outcome, problems: Sequence[CellVerdict]) -> Outcome:
+    """Add the cells without a judgement to a verdict, which then cannot be PASS."""
+    import dataclasses
+
+    import msgspec
+
+    from edgedeploy.judge.gate import combine
+
+    cells = (*outcome.verdict.cells, *problems)
+    verdict = msgspec.structs.replace(outcome.verdict, cells=cells, decision=combine(cell.decision for cell in cells))
+    return dataclasses.replace(outcome, verdict=verdict, problems=tuple(problems))
+
+
+def _leakage_notes(path: Path, release: Release, artifacts: Mapping[str, Artifact]) -> tuple[str, ...]:
+    """Say when samples that accuracy is judged on were calibrated on: the accuracy is then flattered."""
+    from edgedeploy.prepare.dataset import load_samples
+
+    if release.calibration is None or release.evaluation is None or not artifacts:
+        return ()
+    artifact = next(iter(artifacts.values()))
+    calibration = load_samples(path.parent / release.calibration.set, artifact.inputs)
+    evaluation = load_samples(path.parent / release.evaluation.set, artifact.inputs)
+    shared = evaluation.overlap(calibration)
+    if not shared:
+        return ()
+    return (f"{shared} of the {evaluation.count} evaluation samples were also calibrated on: accuracy is flattered",)
+
+
+def _limits(target: str) -> ConditionLimits:
+    from edgedeploy.build import this_target
+
+    return this_target(target).conditions
+
+
+def _margins(texts: Sequence[str]) -> dict[Metric, Margin]:
+    from edgedeploy.judge.margin import margin_from_text
+
+    margins: dict[Metric, Margin] = {}
+    known: tuple[Metric, ...] = typing.get_args(Metric)
+    for text in texts:
+        name, equals, amount = text.partition("=")
+        metric = next((one for one in known if one == name), None)
+        if metric is None or not equals:
+            raise UsageError(
+                f"--margin {text} is not metric=amount{closest(name, known)} (metrics: {', '.join(known)})"
+            )
+        try:
+            margins[metric] = margin_from_text(metric, amount)
+        except ValueError as error:
+            raise UsageError(f"--margin {text}: {error}") from error
+    return margins
+
+
+def _is_artifact(reference: str) -> bool:
+    path = Path(reference)
+    return path.name == "manifest.json" or (path / "manifest.json").is_file()
+
+
+def _side(folder: str) -> tuple[str, Built]:
+    built = load_artifact(Path(folder))
+    return built.artifact.name, built
+
+
+def _measured_pair(request: MeasureRequest, policy: Policy, cells: int, store: Results, progress: Progress) -> Pair:
+    """Measure baseline and candidate interleaved until the gate of so many cells is decided, and store both runs."""
+    from edgedeploy.judge.gate import is_decided
+
+    def decided(runs: tuple[Run, ...]) -> bool:
+        return is_decided(runs[0], runs[1], policy, cells=cells)
+
+    baseline, candidate = _stored_runs(request, decided, store, progress)
+    return baseline, candidate
+
+
+def _stored_runs(
+    request: MeasureRequest, decided: Callable[[tuple[Run, ...]], bool], store: Results, progress: Progress
+) -> list[StoredRun]:
+    """Measure and store; an interrupted session is stored too, and its files are named in the error."""
+    try:
+        runs = measure(request, decided, progress)
+    except MeasurementInterrupted as error:
+        kept = [str(store.save_run(run)) for run in error.runs]
+        raise DeviceError(f"{error}; what was measured until then is kept in {', '.join(kept)}") from error
+    return [StoredRun(str(store.save_run(run)), run) for run in runs]
+
+
+def _stored_pair(store: Results, candidate: str, baseline: str | None) -> Pair:
+    candidate_file = store.find_run(candidate)
+    candidate_run = load_run(candidate_file)
+    if baseline is None:
+        target, model = candidate_run.artifact.target, candidate_run.artifact.model
+        pointer = store.baseline(target, model)
+        if pointer is None:
+            raise UsageError(
+                f"no baseline is set for target {target!r} and model {model!r}; give --baseline, or: "
+                f"edgedeploy baseline set RUN --why ..."
+            )
+        baseline_file = store.baseline_run(pointer)
+    elif _is_artifact(baseline):
+        raise UsageError(f"{candidate} is a stored run, so its baseline must be one too; {baseline} is an artifact")
+    else:
+        baseline_file = store.find_run(baseline)
+    return StoredRun(str(baseline_file), load_run(baseline_file)), StoredRun(str(candidate_file), candidate_run)
+
+
+def _judged(
+    name: str,
+    pairs: Sequence[Pair],
+    policy: Policy,
+    artifacts: Mapping[str, Artifact],
+    notes: tuple[str, ...] = (),
+) -> Outcome:
+    """Judge every pair within one error rate, and name in the verdict the files that it rests on."""
+    import msgspec
+
+    from edgedeploy.judge.gate import judge_gate
+
+    verdict = judge_gate(name, [(old.run, new.run) for old, new in pairs], policy, judged_utc=utc_now())
+    cells = tuple(
+        msgspec.structs.replace(cell, baseline_run=old.file, candidate_run=new.file, notes=(*notes, *cell.notes))
+        for cell, (old, new) in zip(verdict.cells, pairs, strict=True)
+    )
+    runs = {stored.file: stored.run for pair in pairs for stored in pair}
+    return Outcome(msgspec.structs.replace(verdict, cells=cells), runs, artifacts)

@@ -1,0 +1,73 @@
+"""What a newcomer types from the README works, in the order in which it stands there."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import edgedeploy.cli
+
+pytest.importorskip("torch", reason="the README compiles from PyTorch: pip install 'edgedeploy[torch]'")
+pytest.importorskip("onnxruntime", reason="the README runs ONNX Runtime: pip install 'edgedeploy[onnxruntime]'")
+
+ROOT = Path(__file__).parent.parent.parent
+# Which verdict a gate gives depends on how quiet this machine is; that it gives one does not.
+VERDICT_CODES = (0, 1, 4)
+
+
+def _commands() -> list[list[str]]:
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.timeout(600)
+def test_readme_commands_run_in_order(tmp_path, monkeypatch, capsys):
+    for name in ("edgedeploy", "calibration"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    ran = []
+    for words in _commands():
+        if words[0] == "pip":
+            continue
+        assert words[0] == "edgedeploy"
+        if words[1] == "run":  # what `init` wrote names model.onnx, which a person has by now
+            shutil.copy(_an_onnx_file(tmp_path), tmp_path / "model.onnx")
+        code = edgedeploy.cli.run([*words[1:], *(["--max-blocks", "4"] if words[1] in ("gate", "compare") else [])])
+        told = capsys.readouterr()
+        assert code in (VERDICT_CODES if words[1] in ("gate", "run") else (0,)), (words, told.err)
+        ran.append(words[1])
+    assert {"init", "run", "compile", "bench", "compare", "gate", "doctor"} <= set(ran)
+
+
+def _an_onnx_file(folder: Path) -> Path:
+    import onnx
+
+    helper = onnx.helper
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 8]) for name in ("a", "b")]
+    graph = helper.make_graph([helper.make_node("Relu", ["a"], ["b"])], "tiny", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "tiny.onnx")
+    return folder / "tiny.onnx"
+
+
+def test_readme_python_example_runs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
+    _an_onnx_file(tmp_path).rename(tmp_path / "model.onnx")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "model.onnx" in capsys.readouterr().out
+
+
+def test_readme_lab_example_is_a_lab(tmp_path):
+    from edgedeploy.lab.inventory import load_lab
+
+    text = (ROOT / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL) if "lab/1" in block]
+    (tmp_path / "lab.toml").write_text(example)
+    assert load_lab(tmp_path / "lab.toml").devices["pi-desk"].user == "pi"
+
