@@ -1,0 +1,54 @@
+"""make bench: run every benchmark, one after another, and keep what each says in bench_results/figures/.
+
+    python -m tests.benchmarks            all
+    python -m tests.benchmarks NAME...    some
+
+Figures are ratios or counts measured side by side in one run; nothing here asserts a time.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+FIGURES = ROOT / "bench_results" / "figures"
+# In the order of how long they take; the first needs the quietest machine least.
+NAMES = ("help_time", "second_compile", "plain_loop", "efficientnet_lite0", "gate_error_rates", "gate_on_local")
+
+
+def cpu_model() -> str:
+    """Return what /proc/cpuinfo calls this machine's processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main(names: tuple[str, ...]) -> int:
+    """Run the benchmarks and return the number of those that failed."""
+    failed = 0
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", f"tests.benchmarks.{name}"]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        print(done.stdout)
+        if done.returncode != 0:
+            failed += 1
+            continue
+        document = {
+            "format": "edgedeploy.figures/1",
+            "command": f"python -m tests.benchmarks {name}",
+            "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "machine": f"{cpu_model()}, {platform.machine()}, Python {platform.python_version()}",
+            "figures": json.loads(done.stdout),
+        }
+        (FIGURES / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(tuple(sys.argv[1:]) or NAMES))
