@@ -26,7 +26,20 @@ HEAVY = (
     "jinja2",
     "safetensors",
 )
-VERBS = ["init", "doctor", "inspect", "compile", "bench", "compare", "gate", "baseline", "run", "targets", "devices", "backends"]
+VERBS = [
+    "init",
+    "doctor",
+    "inspect",
+    "compile",
+    "bench",
+    "compare",
+    "gate",
+    "baseline",
+    "run",
+    "targets",
+    "devices",
+    "backends",
+]
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:

@@ -70,4 +70,3 @@ def test_readme_lab_example_is_a_lab(tmp_path):
     (example,) = [block for block in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL) if "lab/1" in block]
     (tmp_path / "lab.toml").write_text(example)
     assert load_lab(tmp_path / "lab.toml").devices["pi-desk"].user == "pi"
-

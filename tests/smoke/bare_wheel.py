@@ -64,7 +64,15 @@ def main() -> None:
         venv.create(bare, with_pip=True)
         python, edgedeploy = bare / "bin" / "python", bare / "bin" / "edgedeploy"
         run(
-            python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "-c", ROOT / "constraints.txt", wheel
+            python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--quiet",
+            "install",
+            "-c",
+            ROOT / "constraints.txt",
+            wheel,
         )
         installed = {entry["name"] for entry in json.loads(run(python, "-m", "pip", "list", "--format", "json"))}
         hidden = installed.intersection(FORBIDDEN)
@@ -85,7 +93,17 @@ def main() -> None:
         baseline, candidate = (folder / file for file in stored_runs(folder))
         gate = [edgedeploy, "gate", candidate, "--baseline", baseline]
         run(*gate, "--margin", "latency_p50=+20%", "--html", "gate.html", "--junit", "gate.xml", cwd=elsewhere)
-        run(edgedeploy, "gate", baseline, "--baseline", candidate, "--margin", "latency_p50=+20%", expect=1, cwd=elsewhere)
+        run(
+            edgedeploy,
+            "gate",
+            baseline,
+            "--baseline",
+            candidate,
+            "--margin",
+            "latency_p50=+20%",
+            expect=1,
+            cwd=elsewhere,
+        )
         os.chdir(ROOT)
     print("the bare wheel gates, lists and reports")
 

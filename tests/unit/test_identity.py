@@ -32,7 +32,7 @@ def test_identity_depends_on_the_factory(package):
 
 
 def test_missing_module_and_file_are_sentences(package):
-    with pytest.raises(ModelError, match="there is no Python module 'mine_for_identity.nett'"):
+    with pytest.raises(ModelError, match=r"there is no Python module 'mine_for_identity\.nett'"):
         source_identity("mine_for_identity.nett:make", package)
     with pytest.raises(ModelError, match="does not exist"):
         source_identity("net.onnx", package)

@@ -186,7 +186,7 @@ def test_judging_twice_gives_the_same_bytes():
 
 def test_importing_the_judge_imports_neither_numpy_nor_scipy():
     script = (
-        "import sys, edgedeploy.judge.gate, edgedeploy.judge.margin, edgedeploy.judge.summary\n"
+        "import sys, edgedeploy.judge.gate, edgedeploy.judge.margin, edgedeploy.judge.percentiles\n"
         "print([name for name in ('numpy', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
