@@ -21,8 +21,8 @@ from typing import Literal
 
 from edgedeploy.judge.estimate import estimate_of_mean, units_to_decide
 from edgedeploy.judge.family import ErrorRate
-from edgedeploy.judge.spending import nominal_levels
 from edgedeploy.judge.percentiles import SUPPORT, samples_of, supported_percentile
+from edgedeploy.judge.spending import nominal_levels
 from edgedeploy.records.run import Boundary, Run, Visit
 from edgedeploy.records.verdict import Decision, Finding, Margin, Policy
 from edgedeploy.units import format_change, format_duration
