@@ -19,7 +19,7 @@ from edgedeploy.lab import bundle, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import open_transport
 from edgedeploy.lab.transport import Transport
-from edgedeploy.lab.visits import Measured, Schedule, Side
+from edgedeploy.lab.visits import DUET, Measured, Schedule, Side
 from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.device import Device
@@ -52,6 +52,7 @@ class MeasureRequest:
     Attributes:
         sides: (cell, artifact): one alone, or baseline and candidate.
         blocks: the most A/B blocks (or visits of a single artifact).
+        schedule: None: the usual one, a plain loop for one artifact and a duet for two.
     """
 
     sides: tuple[tuple[str, Built], ...]
@@ -60,7 +61,7 @@ class MeasureRequest:
     limits: ConditionLimits
     evaluation: Evaluation | None
     blocks: int
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule | None = None
     seed: int = 0
 
 
@@ -123,6 +124,7 @@ class _Session:
 
     def __init__(self, request: MeasureRequest, agent: Agent, transport: Transport, progress: Progress) -> None:
         self._request, self._agent, self._transport, self._progress = request, agent, transport, progress
+        self._schedule = request.schedule or (DUET if len(request.sides) == 2 else Schedule())
         self._name, self._started_utc = secrets.token_hex(8), utc_now()
         self._states: list[_SideState] = []
 
@@ -159,7 +161,7 @@ class _Session:
         for state in self._states:
             self._progress(f"{state.side.cell}: measuring peak memory")
             for _ in range(MEMORY_VISITS):
-                state.memory.append(visits.measure_memory(self._agent, state.side, self._request.schedule))
+                state.memory.append(visits.measure_memory(self._agent, state.side, self._schedule))
         failures = 0
         for block in range(self._request.blocks):
             self._progress(f"{self._request.device_name}: block {block + 1} of at most {self._request.blocks}")
@@ -177,7 +179,7 @@ class _Session:
 
     def _measured_block(self, block: int) -> list[Measured]:
         request, sides = self._request, [state.side for state in self._states]
-        return visits.measure_block(self._agent, sides, request.schedule, block=block, seed=request.seed)
+        return visits.measure_block(self._agent, sides, self._schedule, block=block, seed=request.seed)
 
     def _keep(self, taken: list[Measured]) -> None:
         for one in taken:
@@ -193,7 +195,7 @@ class _Session:
         samples = self._samples(artifact)
         with _outputs_folder() as folder:
             fetched = folder / "outputs.safetensors"
-            answer = visits.compute_outputs(self._agent, self._transport, state.side, fetched, self._request.schedule)
+            answer = visits.compute_outputs(self._agent, self._transport, state.side, fetched, self._schedule)
             chosen = _chosen_output(evaluation, artifact, _read_tensors(fetched))
             fetched.replace(folder.parent / f"{answer.sha256}.safetensors")
         state.runtime, state.boundary = answer.runtime, answer.boundary
@@ -227,6 +229,7 @@ class _Session:
                 facts=agent.facts,
                 runtime=state.runtime,
                 boundary=state.boundary,
+                schedule=visits.schedule_text(self._schedule, len(self._states)),
                 started_utc=self._started_utc,
                 visits=tuple(state.visits),
                 memory=tuple(state.memory),

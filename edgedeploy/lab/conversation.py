@@ -193,7 +193,7 @@ class Agent:
         self._hello = event
         return event
 
-    def ask(self, do: str, *, visit: str = "", **fields: object) -> dict[str, Any]:
+    def ask(self, do: str, *, visit: str = "", visits: Sequence[str] = (), **fields: object) -> dict[str, Any]:
         """Ask for something and wait for the answer.
 
         Raises:
@@ -201,9 +201,14 @@ class Agent:
             TransferError: an upload did not arrive whole.
             DeviceUnreachable: the connection or the runner itself was lost.
         """
-        what = f"{do} in visit {visit!r}" if visit else do
+        if do == "bursts":
+            what = f"{do} in visit {' and '.join(map(repr, dict.fromkeys(visits)))}"
+        else:
+            what = f"{do} in visit {visit!r}" if visit else do
         if visit:
             fields["visit"] = visit
+        if visits:
+            fields["visits"] = list(visits)
         try:
             self._channel.send_line(self._conversation.command(do, **fields))
         except DeviceUnreachable as error:
@@ -215,7 +220,7 @@ class Agent:
             raise DeviceError(f"{self.label}: the runner answered {what} with {event}")
         tail = f"\nThe last lines that it printed:\n{event.stderr_tail}" if event.stderr_tail else ""
         message = f"{self.label}: {what} failed: {event.message}{tail}"
-        if visit:
+        if visit or do == "bursts":
             raise VisitFailed(message, kind=event.kind)
         raise TransferError(message) if do == "commit" else DeviceError(message)
 

@@ -143,6 +143,7 @@ class Run(Record, frozen=True, kw_only=True):
     Attributes:
         session: shared by the runs that were measured interleaved with each other; only these are paired by block.
         cell: the release file's name of the cell, or the artifact's.
+        schedule: in words, how bursts were taken and alternated.
         boundary: None when not a single visit succeeded.
         side: "baseline" or "candidate" in an A/B session, "single" alone.
         events: what happened that a reader should know (a dropped pair, a child that died), in order.
@@ -157,6 +158,7 @@ class Run(Record, frozen=True, kw_only=True):
     facts: DeviceFacts
     runtime: str
     boundary: Boundary | None
+    schedule: str
     started_utc: str
     visits: tuple[Visit, ...]
     memory: tuple[MemoryVisit, ...]

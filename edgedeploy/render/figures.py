@@ -222,7 +222,7 @@ def boundary_text(run: Run) -> str:
         count(boundary.threads, "thread"),
         f"batch {boundary.batch}",
     ]
-    return ", ".join([*parts, *([boundary.detail] if boundary.detail else [])])
+    return ", ".join([*parts, *(text for text in (boundary.detail, run.schedule) if text)])
 
 
 def device_text(run: Run) -> str:

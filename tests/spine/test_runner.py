@@ -260,11 +260,11 @@ def test_runner_works_under_python_3_8(bench):
 
 
 def test_child_that_crashes_is_reported_with_signal_and_last_lines_and_the_others_bursts_are_kept(bench):
-    bad = replace(bench.side, cell="bad", options={"crash_after": 14, "print_noise": True})
+    bad = replace(bench.side, cell="bad", options={"crash_after": 60, "print_noise": True})
     with bench.connect() as agent:
         ship(agent, bench.transport, bench.files)
         with pytest.raises(VisitFailed) as caught:
-            block(agent, bench.side, bad)
+            block(agent, bench.side, bad, schedule=replace(QUICK, bursts_per_visit=20))
         assert bench.visits() == []
         block(agent, bench.side)  # the device is well
     assert caught.value.kind == "died"
@@ -284,10 +284,12 @@ def test_child_killed_between_bursts_is_reported(bench):
         agent.ask("open", visit="v", job=job, timeout_s=20)
         (child,) = bench.visits()
         os.kill(child, signal.SIGKILL)
-        with pytest.raises(VisitFailed, match=r"burst in visit 'v' failed: .*killed by SIGKILL.*out-of-memory"):
-            agent.ask("burst", visit="v", count=1, lead_in=0, timeout_s=20)
+        with pytest.raises(
+            VisitFailed, match=r"bursts in visit 'v' failed: visit 'v': .*killed by SIGKILL.*out-of-memory"
+        ):
+            agent.ask("bursts", visits=["v"], count=1, lead_in=0, timeout_s=20)
         with pytest.raises(VisitFailed, match="no open visit 'v'"):
-            agent.ask("burst", visit="v", count=1, lead_in=0, timeout_s=20)
+            agent.ask("bursts", visits=["v"], count=1, lead_in=0, timeout_s=20)
 
 
 def test_hanging_child_is_killed_at_its_time_limit(bench):
@@ -475,7 +477,7 @@ def test_killed_agent_takes_its_visits_along_and_frees_the_device(bench, number,
 
         class Killing(Agent):
             def ask(self, do, **fields):
-                if do == "burst":
+                if do == "bursts":
                     started.extend(bench.processes())
                     os.kill(*bench.agents(), number)
                 return super().ask(do, **fields)

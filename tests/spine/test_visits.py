@@ -24,16 +24,18 @@ OPENED = {
 class ScriptedAgent:
     """An agent that answers at once and writes down what it was asked: "open a", "burst b" ..."""
 
-    def __init__(self, fail_at: str = "", error: Exception | None = None) -> None:
+    def __init__(self, fail_at: str = "", error: Exception | None = None, fail_after: int = 0) -> None:
         self.asked: list[str] = []
+        self.fail_after = fail_after
         self.fail_at, self.error = fail_at, error
 
     def ask(self, do, *, visit="", **fields):
-        step = f"{do} {visit[:1]}"
-        self.asked.append(step)
-        if self.error is not None and step == self.fail_at:
-            raise self.error
-        return OPENED if do == "open" else {"samples_ns": [7] * fields.get("count", 0)}
+        steps = [f"burst {name[:1]}" for name in fields["visits"]] if do == "bursts" else [f"{do} {visit[:1]}"]
+        for step in steps:
+            self.asked.append(step)
+            if self.error is not None and step == self.fail_at and self.asked.count(step) > self.fail_after:
+                raise self.error
+        return OPENED if do == "open" else {"samples_ns": [[7] * fields.get("count", 0) for _ in steps]}
 
     def conditions(self, visits=()):
         now = Conditions(monotonic_s=float(len(self.asked)), busy_core_s=2.0 * len(self.asked))
@@ -98,13 +100,12 @@ def test_records_come_back_in_the_order_of_the_sides_with_paired_bursts(seed, bl
 
 
 def test_failed_visit_keeps_the_bursts_so_far_and_closes_the_other():
-    agent = ScriptedAgent("burst b", VisitFailed("b died\nlast line", kind="died"))
+    agent = ScriptedAgent("burst b", VisitFailed("b died\nlast line", kind="died"), fail_after=12)
     with pytest.raises(VisitFailed) as caught:
-        measure(agent, A, B)
+        measure(agent, A, B, bursts_per_visit=20)
     kept = {item.side.cell: item.visit for item in caught.value.measured}
     assert {visit.dropped for visit in kept.values()} == {"b died"}
-    assert kept["b"].bursts == ()
-    assert len(kept["a"].bursts) == agent.order("burst").count("a")
+    assert len(kept["a"].bursts) == len(kept["b"].bursts) == 10  # what the device had answered by then
     assert "close a" in agent.asked
 
 
@@ -176,3 +177,8 @@ def visit(**changes) -> Visit:
 )  # fmt: skip
 def test_visit_is_dropped_for_what_disturbed_it(changes, reason):
     assert mark(visit(**changes), ConditionLimits()).dropped == reason
+
+
+def test_slow_block_ends_at_its_cap_once_the_95th_percentile_is_supported():
+    (measured,) = measure(ScriptedAgent(), A, bursts_per_visit=160, samples_per_burst=1, bursts_cap_s=-1.0)
+    assert len(measured.visit.bursts) == 60
