@@ -120,6 +120,7 @@ def make_run(
             batch=1,
             detail="pre-processing outside",
         ),
+        schedule="",
         started_utc="2026-11-22T09:14:05Z",
         visits=tuple(visits),
         memory=tuple(
