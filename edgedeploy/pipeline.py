@@ -7,24 +7,31 @@ model ─ build: load, export, simplify, quantize, emit, compile ─▶ artifact
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedeploy.arguments import (
+    DEFAULT_MARGINS,
+    margins_from_texts,
+    model_name,
+    parse_input,
+    precision_from_text,
+    read_release,
+)
 from edgedeploy.build import BuildRequest, Built, Progress, build, deliver, load_artifact
-from edgedeploy.documents import Record, closest, line_of, to_builtins, write_json
-from edgedeploy.errors import DeviceError, DocumentError, ModelError, ToolchainError, UsageError
+from edgedeploy.documents import Record, closest, to_builtins, write_json
+from edgedeploy.errors import DeviceError, ModelError, ToolchainError, UsageError
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.lab.inventory import lab_path, load_lab
 from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
 from edgedeploy.records.artifact import Artifact, OptionValue
 from edgedeploy.records.model import Model, TensorSpec
-from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs, load_release
+from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
-from edgedeploy.records.target import ConditionLimits, Precision
-from edgedeploy.records.verdict import CellVerdict, Margin, Metric, Policy, Verdict
+from edgedeploy.records.target import ConditionLimits
+from edgedeploy.records.verdict import CellVerdict, Policy, Verdict
 from edgedeploy.results import Results, load_run, utc_now
 from edgedeploy.storage import write_atomic
 
@@ -154,14 +161,14 @@ def compile(
 ) -> Built:
     """Turn a model into an artifact; with `output`, copy it and its manifest there."""
     request = BuildRequest(
-        name=name or _model_name(source),
+        name=name or model_name(source),
         source=source,
         base=Path.cwd(),
         weights=weights,
         inputs=tuple(one if isinstance(one, TensorSpec) else parse_input(one) for one in inputs),
         target=target,
         backend=backend,
-        precision=_precision(precision),
+        precision=precision_from_text(precision),
         calibration=calibration,
         options=options or {},
         trust_pickle=trust_pickle,
@@ -221,7 +228,9 @@ def gate(
         baseline: likewise; None: the blessed run of the candidate's target and model.
         margins: "metric=amount"; empty: accuracy=-1pt, latency_p50=+5%, peak_memory=+10%, artifact_size=+10%.
     """
-    policy = Policy(margins=_margins(margins or DEFAULT_MARGINS), max_blocks=max_blocks, min_blocks=min(4, max_blocks))
+    policy = Policy(
+        margins=margins_from_texts(margins or DEFAULT_MARGINS), max_blocks=max_blocks, min_blocks=min(4, max_blocks)
+    )
     store = Results(results)
     artifacts: dict[str, Artifact] = {}
     if _is_artifact(candidate):
@@ -264,7 +273,7 @@ def inspect(
         return load_artifact(Path(model)).artifact
     return canonical_model(
         BuildRequest(
-            name=_model_name(model),
+            name=model_name(model),
             source=model,
             base=Path.cwd(),
             weights=weights,
@@ -323,67 +332,6 @@ def as_document(record: Record) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- what the verbs share
-
-
-DEFAULT_MARGINS = ("accuracy=-1pt", "latency_p50=+5%", "peak_memory=+10%", "artifact_size=+10%")
-
-
-def read_release(path: Path) -> tuple[Release, Policy]:
-    """Read a release file and its gate's policy."""
-    from edgedeploy.judge.margin import margin_from_text
-
-    release = load_release(path)
-    margins: dict[Metric, Margin] = {}
-    for metric, text in to_builtins(release.gate.margins).items():
-        if text:
-            try:
-                margins[metric] = margin_from_text(metric, text)
-            except ValueError as error:
-                raise DocumentError(f"{line_of(path, 'gate', 'margins', metric)}: {error}") from error
-    gate = release.gate
-    return release, Policy(
-        margins=margins, error_rate=gate.error_rate, min_blocks=gate.min_blocks, max_blocks=gate.max_blocks
-    )
-
-
-def parse_input(text: str) -> TensorSpec:
-    """Parse NAME=1x3x224x224[:float32]; a word instead of a number names a dynamic axis.
-
-    >>> parse_input("image=batchx3x8x8").shape
-    ('batch', 3, 8, 8)
-    """
-    import msgspec
-
-    name, equals, rest = text.partition("=")
-    shape, _, dtype = rest.partition(":")
-    if not equals or not name or not shape:
-        raise UsageError(f"--input {text} is not of the form NAME=1x3x224x224[:float32]")
-    axes = tuple(int(axis) if axis.isdigit() else axis for axis in re.split(r"(?<=\d)x|x(?=\d)", shape))
-    if any(axis == 0 or (isinstance(axis, str) and not axis.isidentifier()) for axis in axes):
-        raise UsageError(
-            f"--input {text}: every axis is a positive number or a name, joined by x, as in batchx3x224x224"
-        )
-    try:
-        return msgspec.convert({"name": name, "dtype": dtype or "float32", "shape": axes}, TensorSpec)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"--input {text}: {error}") from error
-
-
-def _precision(text: str) -> Precision:
-    known: tuple[Precision, ...] = typing.get_args(Precision)
-    for precision in known:
-        if text == precision:
-            return precision
-    raise UsageError(f"there is no precision {text!r} (known: {', '.join(known)})")
-
-
-def _model_name(source: str) -> str:
-    """Return what to call a model: the factory or the file's stem.
-
-    >>> _model_name("package.module:dense"), _model_name("dir/net.onnx")
-    ('dense', 'net')
-    """
-    return source.partition(":")[2] or Path(source).stem
 
 
 def _judged_cells(path: Path, release: Release, names: Sequence[str]) -> list[tuple[CellEntry, CellEntry]]:
@@ -466,25 +414,6 @@ def _limits(target: str) -> ConditionLimits:
     from edgedeploy.build import this_target
 
     return this_target(target).conditions
-
-
-def _margins(texts: Sequence[str]) -> dict[Metric, Margin]:
-    from edgedeploy.judge.margin import margin_from_text
-
-    margins: dict[Metric, Margin] = {}
-    known: tuple[Metric, ...] = typing.get_args(Metric)
-    for text in texts:
-        name, equals, amount = text.partition("=")
-        metric = next((one for one in known if one == name), None)
-        if metric is None or not equals:
-            raise UsageError(
-                f"--margin {text} is not metric=amount{closest(name, known)} (metrics: {', '.join(known)})"
-            )
-        try:
-            margins[metric] = margin_from_text(metric, amount)
-        except ValueError as error:
-            raise UsageError(f"--margin {text}: {error}") from error
-    return margins
 
 
 def _is_artifact(reference: str) -> bool:

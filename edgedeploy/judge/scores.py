@@ -41,7 +41,13 @@ def score(metric: str, output: np.ndarray[Any, Any], labels: np.ndarray[Any, Any
         first = int(np.argmax(~np.isfinite(values.reshape(len(values), -1)).all(axis=1)))
         raise ModelError(f"the output for sample {first} is not finite (NaN or infinity); the artifact is broken")
     if metric == "mae":
-        errors = np.abs(values.reshape(len(values), -1) - np.asarray(labels, np.float64).reshape(len(values), -1))
+        expected = np.asarray(labels, np.float64).reshape(len(values), -1)
+        answered = values.reshape(len(values), -1)
+        if expected.shape != answered.shape:
+            raise UsageError(
+                f"labels of {expected.shape[1]} numbers a sample do not fit outputs of {answered.shape[1]}"
+            )
+        errors = np.abs(answered - expected)
         return tuple(float(error) for error in errors.mean(axis=1))
     classes = values.reshape(len(values), -1) if values[0].size == values.shape[-1] else None
     if classes is None or labels.ndim != 1:

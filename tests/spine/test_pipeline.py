@@ -7,6 +7,7 @@ import pytest
 
 import edgedeploy.cli
 from edgedeploy import pipeline
+from edgedeploy.arguments import parse_input, read_release
 from edgedeploy.errors import DeviceError, DocumentError, UsageError
 from edgedeploy.results import Results, load_run
 
@@ -203,7 +204,7 @@ def test_edited_artifact_is_not_measured(compiled):
 def test_init_writes_a_release_file_that_reads(place, model):
     path = pipeline.init(Path("edgedeploy.toml"))
     path.write_text(path.read_text().replace("model.onnx", "tiny.onnx"))
-    release, policy = pipeline.read_release(path)
+    release, policy = read_release(path)
     assert [cell.name for cell in release.cells] == ["shipped", "candidate"]
     assert policy.margins["latency_p50"].value == 0.05
     with pytest.raises(UsageError, match="--force"):
@@ -217,11 +218,12 @@ def test_wrong_margin_names_file_and_line(release):
 
 
 @pytest.mark.parametrize(
-    "text", ["image", "image=", "=1x2", "image=1x0x2", "image=1x2:floaty", "image=1x-2", "image=1x2.5"]
+    "text",
+    ["image", "image=", "=1x2", "image=1x0x2", "image=1x2:floaty", "image=1x-2", "image=1x2.5", "image=batchxlength"],
 )
 def test_malformed_input_flag_is_a_sentence(text):
     with pytest.raises(UsageError, match="--input"):
-        pipeline.parse_input(text)
+        parse_input(text)
 
 
 def test_unreachable_device_is_exit_code_3(compiled, capsys):

@@ -1,0 +1,97 @@
+"""What a person typed or wrote becomes records: inputs, margins, precisions, the release file with its policy."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from edgedeploy.documents import closest, line_of, to_builtins
+from edgedeploy.errors import DocumentError, UsageError
+from edgedeploy.judge.margin import margin_from_text
+from edgedeploy.records.model import TensorSpec
+from edgedeploy.records.release import Release, load_release
+from edgedeploy.records.target import Precision
+from edgedeploy.records.verdict import Margin, Metric, Policy
+
+DEFAULT_MARGINS = ("accuracy=-1pt", "latency_p50=+5%", "peak_memory=+10%", "artifact_size=+10%")
+
+
+def read_release(path: Path) -> tuple[Release, Policy]:
+    """Read a release file and its gate's policy."""
+    release = load_release(path)
+    margins: dict[Metric, Margin] = {}
+    for metric, text in to_builtins(release.gate.margins).items():
+        if text:
+            try:
+                margins[metric] = margin_from_text(metric, text)
+            except ValueError as error:
+                raise DocumentError(f"{line_of(path, 'gate', 'margins', metric)}: {error}") from error
+    gate = release.gate
+    return release, Policy(
+        margins=margins, error_rate=gate.error_rate, min_blocks=gate.min_blocks, max_blocks=gate.max_blocks
+    )
+
+
+def parse_input(text: str) -> TensorSpec:
+    """Parse NAME=1x3x224x224[:float32]; a word instead of a number names a dynamic axis.
+
+    >>> parse_input("image=batchx3x8x8").shape, parse_input("ids=batch,length:int64").shape
+    (('batch', 3, 8, 8), ('batch', 'length'))
+    """
+    name, equals, rest = text.partition("=")
+    shape, _, dtype = rest.partition(":")
+    if not equals or not name or not shape:
+        raise UsageError(f"--input {text} is not of the form NAME=1x3x224x224[:float32]")
+    # An x that does not touch a digit may belong to a name, as in "max": commas leave no doubt.
+    parts = shape.split(",") if "," in shape else re.split(r"(?<=\d)x|x(?=\d)", shape)
+    axes = tuple(int(axis) if axis.isdigit() else axis for axis in parts)
+    if any(axis == 0 or (isinstance(axis, str) and not axis.isidentifier()) for axis in axes):
+        raise UsageError(
+            f"--input {text}: every axis is a positive number or a name, joined by x or commas, as in batchx3x224x224"
+        )
+    if "," not in shape and any(isinstance(axis, str) and "x" in axis for axis in axes):
+        raise UsageError(f"--input {text}: where two names meet, or a name has an x, join the axes by commas")
+    try:
+        return msgspec.convert({"name": name, "dtype": dtype or "float32", "shape": axes}, TensorSpec)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"--input {text}: {error}") from error
+
+
+def precision_from_text(text: str) -> Precision:
+    """Return the precision of that name; raises UsageError."""
+    known: tuple[Precision, ...] = typing.get_args(Precision)
+    for precision in known:
+        if text == precision:
+            return precision
+    raise UsageError(f"there is no precision {text!r} (known: {', '.join(known)})")
+
+
+def model_name(source: str) -> str:
+    """Return what to call a model: the factory or the file's stem.
+
+    >>> model_name("package.module:dense"), model_name("dir/net.onnx")
+    ('dense', 'net')
+    """
+    return source.partition(":")[2] or Path(source).stem
+
+
+def margins_from_texts(texts: Sequence[str]) -> dict[Metric, Margin]:
+    """Parse "metric=amount" texts; raises UsageError naming the likely intended metric."""
+    margins: dict[Metric, Margin] = {}
+    known: tuple[Metric, ...] = typing.get_args(Metric)
+    for text in texts:
+        name, equals, amount = text.partition("=")
+        metric = next((one for one in known if one == name), None)
+        if metric is None or not equals:
+            raise UsageError(
+                f"--margin {text} is not metric=amount{closest(name, known)} (metrics: {', '.join(known)})"
+            )
+        try:
+            margins[metric] = margin_from_text(metric, amount)
+        except ValueError as error:
+            raise UsageError(f"--margin {text}: {error}") from error
+    return margins
