@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +124,7 @@ class _Session:
 
     def __init__(self, request: MeasureRequest, agent: Agent, transport: Transport, progress: Progress) -> None:
         self._request, self._agent, self._transport, self._progress = request, agent, transport, progress
-        self._schedule = request.schedule or (DUET if len(request.sides) == 2 else Schedule())
+        self._schedule = request.schedule or _usual_schedule([built for _, built in request.sides])
         self._name, self._started_utc = secrets.token_hex(8), utc_now()
         self._states: list[_SideState] = []
 
@@ -240,6 +240,17 @@ class _Session:
             )
             for state in self._states
         )
+
+
+def _usual_schedule(sides: Sequence[Built]) -> Schedule:
+    """Return a plain loop for one artifact, a duet for two; whole visits in turns where a thread pool would spin idly.
+
+    An idle pool of one side spins on the cores that the other side is being timed on.
+    """
+    if len(sides) == 1:
+        return Schedule()
+    threads = [built.artifact.recipe.options.get("threads", 1) for built in sides]
+    return DUET if all(count == 1 for count in threads) else Schedule(interleave="visits")
 
 
 @contextmanager

@@ -267,3 +267,10 @@ def test_cell_that_cannot_be_measured_does_not_hide_the_others_and_never_passes(
     ]
     assert verdict["decision"] == "INCONCLUSIVE"
     assert "could not be built or measured" in verdict["cells"][1]["notes"][0]
+
+
+def test_sides_with_thread_pools_take_turns_by_whole_visits(compiled):
+    fast, slow = compiled("fast", duration_us=200.0, threads=2), compiled("slow", duration_us=400.0, threads=2)
+    outcome = pipeline.gate(str(fast), baseline=str(slow), margins=["latency_p50=+20%"])
+    assert outcome.verdict.decision == "PASS"
+    assert {run.schedule.rsplit(" ", 1)[1] for run in outcome.runs.values()} == {"visits"}
