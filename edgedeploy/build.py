@@ -312,7 +312,8 @@ def _stored_model(folder: Path) -> Model | None:
 def _samples(request: BuildRequest, inputs: Sequence[TensorSpec]) -> Samples:
     if request.calibration is not None:
         return load_samples(request.calibration, inputs)
-    return random_samples(inputs, _RANDOM_SAMPLES, seed=0)
+    fixed_batches = [spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
+    return random_samples(inputs, max(_RANDOM_SAMPLES, *fixed_batches, 1), seed=0)
 
 
 def _quantized(

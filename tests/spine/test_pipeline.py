@@ -274,3 +274,14 @@ def test_sides_with_thread_pools_take_turns_by_whole_visits(compiled):
     outcome = pipeline.gate(str(fast), baseline=str(slow), margins=["latency_p50=+20%"])
     assert outcome.verdict.decision == "PASS"
     assert {run.schedule.rsplit(" ", 1)[1] for run in outcome.runs.values()} == {"visits"}
+
+
+def test_model_with_a_large_fixed_batch_needs_no_samples_of_its_own(model):
+    import onnx
+
+    graph = onnx.load(model)
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 64
+    onnx.save(graph, model)
+    built = pipeline.compile("tiny.onnx", target="fake-board", backend="fake")
+    assert built.artifact.fidelity[0].samples == 64
