@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -108,7 +109,14 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _complain(f"{error.filename or 'the system'}: {error.strerror or error}", "OSError", 3, arguments)
+        where = f" at {error.filename}" if error.filename else ""
+        text = f"{error.strerror or error}{where}"
+        if error.errno == errno.ENOSPC:
+            text += (
+                "; nothing that was there before is lost: free some space, or move the cache (EDGEDEPLOY_CACHE_DIR) or "
+                "the results (--results) to another disk"
+            )
+        return _complain(text, "OSError", 3, arguments)
     except Exception as error:  # the last resort: a bug is reported as one
         if os.environ.get("EDGEDEPLOY_LOG", "").lower() == "debug":
             raise

@@ -309,7 +309,8 @@ def mark(visit: Visit, limits: ConditionLimits) -> Visit:
         reasons.append("the device was throttled")
     if visit.foreign_load is not None and visit.foreign_load > limits.max_foreign_load:
         # Without the figure, which is in the record: so that equal reasons can be counted.
-        reasons.append(f"other processes used more than {limits.max_foreign_load:g} cores")
+        plural = "" if limits.max_foreign_load == 1 else "s"
+        reasons.append(f"other processes used more than {limits.max_foreign_load:g} core{plural}")
     zones = {**(visit.before.temperatures_celsius or {})}
     for zone, celsius in (visit.after.temperatures_celsius or {}).items():
         zones[zone] = max(celsius, zones.get(zone, celsius))

@@ -285,3 +285,13 @@ def test_model_with_a_large_fixed_batch_needs_no_samples_of_its_own(model):
     onnx.save(graph, model)
     built = pipeline.compile("tiny.onnx", target="fake-board", backend="fake")
     assert built.artifact.fidelity[0].samples == 64
+
+
+def test_full_disk_is_a_sentence_that_says_what_to_move(model, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    assert _cli("compile", "tiny.onnx", "--target", "fake-board", "--backend", "fake", "-o", "out", "-q") == 3
+    assert "EDGEDEPLOY_CACHE_DIR" in capsys.readouterr().err
+    assert not Path("out/manifest.json").exists()
