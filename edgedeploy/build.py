@@ -25,10 +25,12 @@ from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationTable
 from edgedeploy.records.target import BackendRules, Int8Rules, Precision, Target, load_target
 from edgedeploy.results import utc_now
-from edgedeploy.storage import cache_dir, sha256_bytes, sha256_file
+from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file
 
 Progress = Callable[[str], None]
 
+MANIFEST = "manifest.json"
+QUANTIZATION = "quantization.json"
 # Everything on the host that can change an artifact's bytes; a back end adds its own packages.
 _EXPORT_PACKAGES = ("torch", "onnxscript")
 _GRAPH_PACKAGES = ("numpy", "onnx", "onnxslim", "onnxruntime")
@@ -98,7 +100,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         if request.precision == "int8":
             assert rules.int8 is not None
             model, table = _quantized(request, model, rules.int8, work, progress)
-            write_json(work / "quantization.json", table)
+            write_json(work / QUANTIZATION, table)
         file = work / f"model{runtime.suffix}"
         progress(f"{request.name}: compiling for {target.name} with {runtime.name} {request.precision}")
         runtime.compile(model, target, options, file)
@@ -116,7 +118,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             layers=runtime.inspect(file),
             created_utc=utc_now(),
         )
-        write_json(work / "manifest.json", artifact)
+        write_json(work / MANIFEST, artifact)
     return Built(artifact, folder, is_cached=False)
 
 
@@ -126,7 +128,7 @@ def load_artifact(folder: Path) -> Built:
     Raises:
         DocumentError: no manifest, or the binary is not the one that the manifest describes.
     """
-    manifest = folder / "manifest.json" if folder.is_dir() else folder
+    manifest = folder / MANIFEST if folder.is_dir() else folder
     artifact = read_json(manifest, Artifact, FORMAT)
     file = manifest.parent / artifact.file
     if not file.is_file():
@@ -138,12 +140,12 @@ def load_artifact(folder: Path) -> Built:
 
 def deliver(built: Built, folder: Path) -> Built:
     """Copy an artifact and its manifest into a folder; the manifest goes last, so that it never describes a torso."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in [built.artifact.file, "quantization.json", "manifest.json"]:
+    for name in (built.artifact.file, QUANTIZATION, MANIFEST):
         if (built.folder / name).is_file():
-            part = folder / f".{name}.part"
-            shutil.copyfile(built.folder / name, part)
-            part.replace(folder / name)
+            with atomic_path(folder / name) as part:
+                shutil.copyfile(built.folder / name, part)
+        else:  # a table that an int8 artifact left there before says nothing about this one
+            (folder / name).unlink(missing_ok=True)
     return Built(built.artifact, folder, built.is_cached)
 
 
