@@ -87,7 +87,8 @@ def main() -> None:
         for noun in ("targets", "devices", "backends"):
             run(edgedeploy, noun, "list", cwd=elsewhere)
         run(edgedeploy, "init", cwd=elsewhere)
-        told = run(edgedeploy, "compile", "x:y", "--input", "x=1x1", "-o", "out", expect=3, cwd=elsewhere)
+        (elsewhere / "mine.py").write_text("def net():\n    import torch\n")
+        told = run(edgedeploy, "compile", "mine:net", "--input", "x=1x1", "-o", "out", expect=3, cwd=elsewhere)
         if "pip install" not in told:
             sys.exit(f"compile does not say what to install:\n{told}")
         baseline, candidate = (folder / file for file in stored_runs(folder))
