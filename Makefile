@@ -9,7 +9,7 @@ help:
 	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
 	@echo "make test    format, lint, types, architecture and all tests"
 	@echo "make check   the same without the tests"
-	@echo "make bench   the figures of the README, as ratios (about 50 minutes)"
+	@echo "make bench   the figures of the README, as ratios (about 30 minutes)"
 	@echo "make smoke   the built wheel without extras, in a bare environment"
 	@echo "make clean   remove $(VENV) and caches"
 
