@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from edgedeploy.backends import Backend, backend, parse_options
 from edgedeploy.documents import encode_json, read_json, to_builtins, write_json
 from edgedeploy.errors import BackendMissing, DocumentError, UsageError
 from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
-from edgedeploy.prepare.identity import source_identity
+from edgedeploy.prepare.identity import installed_version, source_identity
 from edgedeploy.records.artifact import FORMAT, Artifact, OptionValue, Recipe
 from edgedeploy.records.model import FORMAT as MODEL_FORMAT
 from edgedeploy.records.model import Model, TensorSpec
@@ -228,10 +227,7 @@ def _set_digest(path: Path) -> str:
 
 
 def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return installed_version(package) or "not installed"
 
 
 def _stored(folder: Path, key: str) -> Artifact | None:

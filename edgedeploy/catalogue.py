@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from edgedeploy.errors import EdgedeployError
 from edgedeploy.lab import bundle
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.lab.inventory import lab_path, load_lab, open_transport
+from edgedeploy.prepare.identity import installed_version
 from edgedeploy.records.device import Device, DeviceFacts
 from edgedeploy.records.target import FORMAT, Target, target_files
 from edgedeploy.storage import cache_dir
@@ -68,8 +68,9 @@ def examine(lab: Path | None) -> list[tuple[str, str, str]]:
     """Return (part, state, what to do next or "") for everything that a person may miss."""
     findings = [("Python", sys.version.split()[0], "")]
     for extra, (distributions, purpose) in _PARTS.items():
-        absent = [name for name in distributions if not _version(name)]
-        versions = ", ".join(f"{name} {_version(name)}" for name in distributions if _version(name))
+        found_versions = {name: installed_version(name) for name in distributions}
+        absent = [name for name, version in found_versions.items() if version is None]
+        versions = ", ".join(f"{name} {version}" for name, version in found_versions.items() if version)
         fix = f"pip install 'edgedeploy[{extra}]'  ({purpose})" if absent else ""
         findings.append((f"extra {extra}", f"missing: {', '.join(absent)}" if absent else versions, fix))
     found, broken = load_backends()
@@ -97,13 +98,6 @@ def examine(lab: Path | None) -> list[tuple[str, str, str]]:
     ):
         findings.append((variable, os.environ.get(variable, "not set"), ""))
     return findings
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _existing(path: Path) -> Path:

@@ -81,6 +81,12 @@ def to_builtins(record: Record) -> Any:
     return msgspec.to_builtins(record)
 
 
+def as_document(record: Record) -> dict[str, Any]:
+    """Return a record as one JSON document whose first key is its format."""
+    document: dict[str, Any] = to_builtins(record)
+    return {"format": f"edgedeploy.{type(record).__name__.lower()}/1", **document}
+
+
 def closest(word: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean "x"?' for a misspelt name, or ''.
 

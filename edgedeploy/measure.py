@@ -80,6 +80,7 @@ class _SideState:
     role: Literal["single", "baseline", "candidate"]
     built: Built
     side: Side
+    samples: Samples
     runtime: str = ""
     boundary: Boundary | None = None
     visits: list[Visit] = field(default_factory=list)
@@ -137,7 +138,8 @@ class _Session:
         for role, (cell, built) in zip(roles, self._request.sides, strict=True):
             artifact = built.artifact
             session = session_file(artifact.recipe.backend)
-            inputs = _inputs_file(self._samples(artifact))
+            samples = self._samples(artifact)
+            inputs = _inputs_file(samples)
             side = Side(
                 cell=cell,
                 artifact_sha256=artifact.sha256,
@@ -146,7 +148,7 @@ class _Session:
                 inputs_sha256=sha256_file(inputs),
                 batch=_batch(artifact),
             )
-            self._states.append(_SideState(role, built, side))
+            self._states.append(_SideState(role, built, side, samples))
             files |= {side.session_sha256: session, side.artifact_sha256: built.file, side.inputs_sha256: inputs}
         self._progress(f"{self._request.device_name}: sending what is missing there")
         bundle.ship(self._agent, self._transport, files)
@@ -191,8 +193,7 @@ class _Session:
             self._progress(f"{self._request.device_name}: this block does not count: {reason}")
 
     def _outputs(self, evaluation: Evaluation, state: _SideState) -> Outputs:
-        artifact = state.built.artifact
-        samples = self._samples(artifact)
+        artifact, samples = state.built.artifact, state.samples
         with _outputs_folder() as folder:
             fetched = folder / "outputs.safetensors"
             answer = visits.compute_outputs(self._agent, self._transport, state.side, fetched, self._schedule)

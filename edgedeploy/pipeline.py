@@ -6,11 +6,13 @@ model ─ build: load, export, simplify, quantize, emit, compile ─▶ artifact
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from edgedeploy.arguments import (
     DEFAULT_MARGINS,
@@ -20,8 +22,8 @@ from edgedeploy.arguments import (
     precision_from_text,
     read_release,
 )
-from edgedeploy.build import BuildRequest, Built, Progress, build, deliver, load_artifact
-from edgedeploy.documents import Record, closest, to_builtins, write_json
+from edgedeploy.build import BuildRequest, Built, Progress, build, canonical_model, deliver, load_artifact, this_target
+from edgedeploy.documents import closest, write_json
 from edgedeploy.errors import DeviceError, ModelError, ToolchainError, UsageError
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.lab.inventory import lab_path, load_lab
@@ -267,8 +269,6 @@ def inspect(
     progress: Progress = _silent,
 ) -> Model | Artifact:
     """Return what a model is: its Artifact for a folder that `compile` wrote, else its Model after export."""
-    from edgedeploy.build import canonical_model
-
     if _is_artifact(model):
         return load_artifact(Path(model)).artifact
     return canonical_model(
@@ -325,12 +325,6 @@ def report_path(outcome: Outcome, results: Path) -> Path:
     return results / "reports" / f"{time}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.verdict.name)}.html"
 
 
-def as_document(record: Record) -> dict[str, Any]:
-    """Return a record as one JSON document whose first key is its format."""
-    document: dict[str, Any] = to_builtins(record)
-    return {"format": f"edgedeploy.{type(record).__name__.lower()}/1", **document}
-
-
 # ---------------------------------------------------------------- what the verbs share
 
 
@@ -384,10 +378,6 @@ def _unjudged(candidate: CellEntry, baseline: CellEntry, error: Exception) -> Ce
 
 def _with_problems(outcome: Outcome, problems: Sequence[CellVerdict]) -> Outcome:
     """Add the cells without a judgement to a verdict, which then cannot be PASS."""
-    import dataclasses
-
-    import msgspec
-
     from edgedeploy.judge.gate import combine
 
     cells = (*outcome.verdict.cells, *problems)
@@ -411,8 +401,6 @@ def _leakage_notes(path: Path, release: Release, artifacts: Mapping[str, Artifac
 
 
 def _limits(target: str) -> ConditionLimits:
-    from edgedeploy.build import this_target
-
     return this_target(target).conditions
 
 
@@ -476,8 +464,6 @@ def _judged(
     notes: tuple[str, ...] = (),
 ) -> Outcome:
     """Judge every pair within one error rate, and name in the verdict the files that it rests on."""
-    import msgspec
-
     from edgedeploy.judge.gate import judge_gate
 
     verdict = judge_gate(name, [(old.run, new.run) for old, new in pairs], policy, judged_utc=utc_now())

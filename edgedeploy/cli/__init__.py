@@ -61,10 +61,9 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = arguments[0] if arguments else ""
         if name and not name.startswith("-") and name not in _VERBS:
-            import difflib
+            from edgedeploy.documents import closest
 
-            close = difflib.get_close_matches(name, _VERBS, n=1)
-            context.fail(f"there is no command {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            context.fail(f"there is no command {name!r}{closest(name, _VERBS)}")
         return super().resolve_command(context, arguments)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgedeploy.cli import console
+from edgedeploy.documents import as_document
 
 
 @click.command(
@@ -71,9 +72,7 @@ def compile_command(
         progress=console.progress(quiet),
     )
     if as_json:
-        console.print_json(
-            {**pipeline.as_document(built.artifact), "folder": str(built.folder), "cached": built.is_cached}
-        )
+        console.print_json({**as_document(built.artifact), "folder": str(built.folder), "cached": built.is_cached})
         return
     from edgedeploy.render.text import artifact_text
 
@@ -102,6 +101,6 @@ def inspect_command(
         model, weights=weights, inputs=inputs, trust_pickle=trust_pickle, progress=console.progress(quiet)
     )
     if as_json:
-        console.print_json(pipeline.as_document(record))
+        console.print_json(as_document(record))
     else:
         click.echo(text.inspection_text(record, color=console.uses_color(), width=console.terminal_width()))

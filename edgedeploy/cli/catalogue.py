@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from edgedeploy.cli import console
-from edgedeploy.documents import Record, to_builtins
+from edgedeploy.documents import Record, as_document, to_builtins
 
 
 @click.group()
@@ -196,13 +196,12 @@ def _list(noun: str, columns: Sequence[str], rows: list[list[str]], documents: S
 
 
 def _show(record: Record, as_json: bool) -> None:
-    document = to_builtins(record)
     if as_json:
-        console.print_json({"format": f"edgedeploy.{type(record).__name__.lower()}/1", **document})
+        console.print_json(as_document(record))
         return
     from edgedeploy.render.text import table
 
-    rows = [[key, _flat(value)] for key, value in document.items() if value not in ("", [], {}, None)]
+    rows = [[key, _flat(value)] for key, value in to_builtins(record).items() if value not in ("", [], {}, None)]
     click.echo(table("", ("key", "value"), rows, color=console.uses_color(), width=console.terminal_width()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edgedeploy.cli import console
+from edgedeploy.documents import as_document
 from edgedeploy.errors import EdgedeployError
 
 _EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
@@ -56,7 +57,7 @@ def bench_command(artifact: Path, visits: int, quiet: bool, as_json: bool, **opt
 
     run, path = pipeline.bench(artifact, visits=visits, progress=console.progress(quiet), **options)
     if as_json:
-        console.print_json({**pipeline.as_document(run), "path": str(path)})
+        console.print_json({**as_document(run), "path": str(path)})
         return
     click.echo(run_text(run, color=console.uses_color(), width=console.terminal_width()))
     click.echo(f"run: {path}")
@@ -75,7 +76,7 @@ def compare_command(baseline: str, candidate: str, quiet: bool, as_json: bool, *
     from edgedeploy import pipeline
 
     outcome = pipeline.gate(candidate, baseline=baseline, progress=console.progress(quiet), **options)
-    _show(outcome, as_json)
+    show_outcome(outcome, as_json)
 
 
 @click.command(
@@ -111,16 +112,15 @@ def gate_command(
 
     outcome = pipeline.gate(candidate, baseline=baseline, progress=console.progress(quiet), **options)
     pipeline.write_reports(outcome, junit=junit, markdown=markdown, html=html)
-    return _show(outcome, as_json)
+    return show_outcome(outcome, as_json)
 
 
-def _show(outcome: Any, as_json: bool) -> int:
+def show_outcome(outcome: Any, as_json: bool) -> int:
     """Print an outcome; return the exit code of its decision."""
-    from edgedeploy import pipeline
     from edgedeploy.render.text import verdict_text
 
     if as_json:
-        console.print_json(pipeline.as_document(outcome.verdict))
+        console.print_json(as_document(outcome.verdict))
     else:
         click.echo(
             verdict_text(outcome.verdict, outcome.runs, color=console.uses_color(), width=console.terminal_width())
@@ -131,6 +131,3 @@ def _show(outcome: Any, as_json: bool) -> int:
     if outcome.problems and decision != "FAIL":
         return EdgedeployError.exit_code
     return _EXIT_CODES[decision]
-
-
-show_outcome = _show

@@ -8,14 +8,22 @@ that it imports count by their version.
 from __future__ import annotations
 
 import ast
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgedeploy.errors import ModelError
 from edgedeploy.storage import sha256_bytes, sha256_file
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, without importing it; None when it is not there."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def source_identity(source: str, base: Path) -> str:
@@ -68,7 +76,7 @@ def _module_closure(module: str, base: Path) -> dict[str, str]:
             top = name.partition(".")[0]
             if _is_installed(path) and top != module.partition(".")[0]:
                 for distribution in distributions.get(top, [top]):
-                    found[distribution] = _version(distribution)
+                    found[distribution] = installed_version(distribution) or "?"
                 continue
             found[name] = sha256_file(path)
             is_package = path.name == "__init__.py"
@@ -100,13 +108,6 @@ def _source_file(name: str) -> Path | None:
 
 def _is_installed(path: Path) -> bool:
     return "site-packages" in path.parts or "dist-packages" in path.parts
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "?"
 
 
 def _imports(path: Path, package: str) -> Iterator[str]:
