@@ -22,7 +22,7 @@ from edgedeploy.records.artifact import FORMAT, Artifact, OptionValue, Recipe
 from edgedeploy.records.model import FORMAT as MODEL_FORMAT
 from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationTable
-from edgedeploy.records.target import BackendRules, Int8Rules, Precision, Target, load_target
+from edgedeploy.records.target import BackendRules, QuantizationRules, Precision, Target, load_target
 from edgedeploy.results import utc_now
 from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file
 
@@ -97,8 +97,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     with _staging(folder) as work:
         model = canonical_model(request, progress)
         if request.precision == "int8":
-            assert rules.int8 is not None
-            model, table = _quantized(request, model, rules.int8, work, progress)
+            model, table = _quantized(request, model, target.quantization[runtime.name], work, progress)
             write_json(work / QUANTIZATION, table)
         file = work / f"model{runtime.suffix}"
         progress(f"{request.name}: compiling for {target.name} with {runtime.name} {request.precision}")
@@ -174,9 +173,9 @@ def _rules(runtime: Backend, target: Target, precision: Precision) -> BackendRul
     if precision not in rules.precisions or precision not in runtime.precisions:
         allowed = ", ".join(sorted(runtime.precisions.intersection(rules.precisions)))
         raise UsageError(f"{runtime.name} for target {target.name!r} does not do {precision} (it does: {allowed})")
-    if precision == "int8" and rules.int8 is None:
+    if precision == "int8" and runtime.name not in target.quantization:
         raise UsageError(
-            f"target {target.name!r} gives {runtime.name} no int8 rules; add [backends.{runtime.name}.int8]"
+            f"target {target.name!r} gives {runtime.name} no int8 rules; add [quantization.{runtime.name}]"
         )
     return rules
 
@@ -315,7 +314,7 @@ def _samples(request: BuildRequest, inputs: Sequence[TensorSpec]) -> Samples:
 
 
 def _quantized(
-    request: BuildRequest, model: Model, rules: Int8Rules, work: Path, progress: Progress
+    request: BuildRequest, model: Model, rules: QuantizationRules, work: Path, progress: Progress
 ) -> tuple[Model, QuantizationTable]:
     from edgedeploy.prepare.emit import emit
     from edgedeploy.prepare.quantize import quantize

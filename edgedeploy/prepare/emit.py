@@ -24,7 +24,7 @@ from edgedeploy.prepare.grid import activation_grid, bias_integers, integers
 from edgedeploy.prepare.quantize import bias_of
 from edgedeploy.records.model import Fidelity, Model
 from edgedeploy.records.quantization import QuantizationTable, WeightQuantization
-from edgedeploy.records.target import Int8Rules
+from edgedeploy.records.target import QuantizationRules
 from edgedeploy.storage import sha256_file
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _MAX_LOSS_DB = 3.0
 _EXACT_DB = 140.0
 
 
-def emit(model: Model, table: QuantizationTable, rules: Int8Rules, samples: Samples, out: Path) -> Model:
+def emit(model: Model, table: QuantizationTable, rules: QuantizationRules, samples: Samples, out: Path) -> Model:
     """Write the Q/DQ form and compare it with fp32.
 
     Args:
@@ -72,7 +72,7 @@ def emit(model: Model, table: QuantizationTable, rules: Int8Rules, samples: Samp
     )
 
 
-def _rewrite(model: ModelProto, table: QuantizationTable, rules: Int8Rules) -> None:
+def _rewrite(model: ModelProto, table: QuantizationTable, rules: QuantizationRules) -> None:
     graph = model.graph
     seen = view(graph)
     unknown = [name for name in table.nodes if name not in {node.name for node in graph.node}]
@@ -103,7 +103,7 @@ def _rewrite(model: ModelProto, table: QuantizationTable, rules: Int8Rules) -> N
 
 
 def _activation_pair(
-    model: ModelProto, tensor: str, source: str, result: str, table: QuantizationTable, rules: Int8Rules
+    model: ModelProto, tensor: str, source: str, result: str, table: QuantizationTable, rules: QuantizationRules
 ) -> list[NodeProto]:
     from onnx import helper
 
@@ -118,7 +118,12 @@ def _activation_pair(
 
 
 def _integer_constants(
-    model: ModelProto, node: NodeProto, seen: View, table: QuantizationTable, rules: Int8Rules, written: set[str]
+    model: ModelProto,
+    node: NodeProto,
+    seen: View,
+    table: QuantizationTable,
+    rules: QuantizationRules,
+    written: set[str],
 ) -> list[NodeProto]:
     """Give a node its weights as int8 and its bias as int32; weights that nodes share are stored once."""
     name = node.input[1]

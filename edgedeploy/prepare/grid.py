@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.records.quantization import ActivationRange, WeightQuantization
-from edgedeploy.records.target import Int8Rules
+from edgedeploy.records.target import QuantizationRules
 
 Array = NDArray[Any]
 
@@ -31,7 +31,7 @@ class ActivationGrid:
     dtype: np.dtype[Any]
 
 
-def activation_grid(values: ActivationRange, rules: Int8Rules) -> ActivationGrid:
+def activation_grid(values: ActivationRange, rules: QuantizationRules) -> ActivationGrid:
     """Return the grid that represents a range, zero included, by a target's rules."""
     dtype = np.dtype(rules.activation_dtype)
     lowest, highest = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)

@@ -16,7 +16,7 @@ from edgedeploy.prepare.graph import View, attributes, read_graph, view
 from edgedeploy.prepare.grid import activation_grid, rounded, weight_scales
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import ActivationRange, QuantizationTable, WeightQuantization
-from edgedeploy.records.target import Int8Rules
+from edgedeploy.records.target import QuantizationRules
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -30,7 +30,7 @@ _FOLLOWERS = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
 
 
 def quantize(
-    model: Model, samples: Samples, rules: Int8Rules, *, progress: Progress | None = None
+    model: Model, samples: Samples, rules: QuantizationRules, *, progress: Progress | None = None
 ) -> QuantizationTable:
     """Calibrate a model and correct its biases for what rounding its weights loses on average.
 
@@ -170,7 +170,7 @@ def _after_activation(node: NodeProto, seen: View) -> str:
 
 
 def _weight_grids(
-    plan: _Plan, activations: dict[str, ActivationRange], rules: Int8Rules
+    plan: _Plan, activations: dict[str, ActivationRange], rules: QuantizationRules
 ) -> dict[str, WeightQuantization]:
     grids: dict[str, WeightQuantization] = {}
     for node in plan.weighted:

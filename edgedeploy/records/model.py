@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from edgedeploy.documents import Record
+from edgedeploy.records.quantization import SourceQuantization
 
 # History of edgedeploy.model:
 #   1 (0.1.0)  first version
-FORMAT = "edgedeploy.model/1"
+#   2 (0.2.0)  kinds of compression that were found, and the quantization that the source carried
+FORMAT = "edgedeploy.model/2"
 
 DType = Literal["float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -56,6 +58,46 @@ class Fidelity(Record, frozen=True, kw_only=True):
     outputs: tuple[OutputFidelity, ...]
 
 
+CompressionKind = Literal[
+    "pruning masks",  # torch.nn.utils.prune, still a multiplication in forward
+    "parametrization",  # torch.nn.utils.parametrize (torch.ao.pruning among others), weight_norm, spectral_norm
+    "unstructured sparsity",  # zeros without a pattern, already in the weights
+    "2:4 sparsity",
+    "channel pruning",  # seen only beside a dense reference
+    "low rank",
+    "shared weights",
+    "dynamic int8",  # integer weights, activations quantized anew in each inference
+    "static int8",  # PTQ, converted
+    "QAT int8",  # trained with fake quantization, converted or not
+    "weight-only int8",
+    "weight-only int4",
+    "int8 activations, int4 weights",  # 8da4w
+    "float8",
+    "float16",
+    "bfloat16",
+    "autocast",
+]
+
+
+class FoundCompression(Record, frozen=True, kw_only=True):
+    """One kind of compression that a source carries, and what was done so that ONNX keeps it.
+
+    Attributes:
+        layers: PyTorch module paths, or ONNX node names.
+        detail: what it is exactly, in a phrase: "qnnpack, per-channel weights, fused ConvReLU2d".
+        lowering: what was done, in a phrase: "masks multiplied into the weights"; "" when nothing was needed.
+        is_kept: whether the canonical pair (fp32 ONNX and quantization) carries it.
+        note: what a person should know: what changed, or why it could not be kept; "" when nothing.
+    """
+
+    kind: CompressionKind
+    layers: tuple[str, ...]
+    detail: str
+    lowering: str = ""
+    is_kept: bool = True
+    note: str = ""
+
+
 class CompressionReport(Record, frozen=True, kw_only=True):
     """What compression a model carries, counted in its ONNX graph."""
 
@@ -75,6 +117,8 @@ class Model(Record, frozen=True, kw_only=True):
         source: the reference it came from, as the person gave it.
         weights_sha256: digest of the weights file, "" where there is none.
         fidelity: every conversion so far, compared with what it was converted from.
+        kinds: what compression was found in the source.
+        quantization: the quantization that the source carried; None for a float model.
     """
 
     format: str = FORMAT
@@ -87,3 +131,5 @@ class Model(Record, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     compression: CompressionReport
     fidelity: tuple[Fidelity, ...] = ()
+    kinds: tuple[FoundCompression, ...] = ()
+    quantization: SourceQuantization | None = None

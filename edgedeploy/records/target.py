@@ -17,14 +17,24 @@ FORMAT = "edgedeploy.target/1"
 Precision = Literal["fp32", "fp16", "int8"]
 
 
-class Int8Rules(Record, frozen=True, kw_only=True):
-    """How a back end on this target wants its int8 form.
+class QuantizationRules(Record, frozen=True, kw_only=True):
+    """How a back end on this target wants its int8 form: `[quantization.<backend>]` in the target's file.
 
     Attributes:
         activation_dtype: storage of quantized activations.
         activation_symmetric: zero-point fixed (0 for int8, 128 for uint8).
         weight_bits: 7 where the hardware's int8 multiply-add saturates (AVX2 without VNNI), else 8.
         weight_per_channel: one scale per output channel.
+        bias: "int32" at input scale times weight scale, or "float32" where the back end rounds it itself.
+        residual_add: which inputs of an Add are quantized: "all", or "skip" (only the branch that does not end in a
+            convolution, so that the sum is fused into it).
+        clamps: whether a Relu or Clip before a quantized tensor stays ("kept") or is left out where the integers
+            cannot leave its range ("absorbed").
+        excluded_operators: what is never quantized for this back end.
+        weight_only: how integer weights of a node that computes in float are stored: "MatMulNBits" (ONNX Runtime's
+            operator, which keeps them small in memory too, where it fits; else DequantizeLinear), "DequantizeLinear",
+            or "refused" where the back end would expand them.
+        dynamic: how activations that are quantized anew in each inference are written, or "refused".
         why: the measurement or document that the choice rests on.
     """
 
@@ -32,6 +42,12 @@ class Int8Rules(Record, frozen=True, kw_only=True):
     activation_symmetric: bool
     weight_bits: Literal[7, 8] = 8
     weight_per_channel: bool = True
+    bias: Literal["int32", "float32"] = "int32"
+    residual_add: Literal["all", "skip"] = "all"
+    clamps: Literal["kept", "absorbed"] = "kept"
+    excluded_operators: tuple[str, ...] = ()
+    weight_only: Literal["MatMulNBits", "DequantizeLinear", "refused"] = "DequantizeLinear"
+    dynamic: Literal["DynamicQuantizeLinear", "refused"] = "refused"
     why: str = ""
 
 
@@ -44,7 +60,6 @@ class BackendRules(Record, frozen=True, kw_only=True):
 
     precisions: tuple[Precision, ...]
     options: dict[str, str | int | float | bool] = {}
-    int8: Int8Rules | None = None
 
 
 class Resolution(Record, frozen=True, kw_only=True):
@@ -79,6 +94,7 @@ class Target(Record, frozen=True, kw_only=True):
 
     Attributes:
         resolve: not empty for `host`: which real target this machine is, first match wins.
+        quantization: back end → how it wants its int8 form; a table may stand here for a back end that is not built yet.
     """
 
     format: str
@@ -88,6 +104,7 @@ class Target(Record, frozen=True, kw_only=True):
     isa: tuple[str, ...] = ()
     resolve: tuple[Resolution, ...] = ()
     backends: dict[str, BackendRules] = {}
+    quantization: dict[str, QuantizationRules] = {}
     conditions: ConditionLimits = ConditionLimits()
 
 

@@ -25,7 +25,7 @@ from edgedeploy.prepare.load import Loaded, load  # noqa: E402
 from edgedeploy.prepare.quantize import quantize  # noqa: E402
 from edgedeploy.prepare.simplify import simplify  # noqa: E402
 from edgedeploy.records.model import TensorSpec  # noqa: E402
-from edgedeploy.records.target import Int8Rules  # noqa: E402
+from edgedeploy.records.target import QuantizationRules  # noqa: E402
 
 HERE = Path(__file__).parent
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 3, 8, 8))
@@ -39,10 +39,10 @@ SPECS = {
     "small_mlp": [TensorSpec(name="vector", dtype="float32", shape=("batch", 12))],
     "large_mlp": [TensorSpec(name="vector", dtype="float32", shape=("batch", 12))],
 }
-X86 = Int8Rules(activation_dtype="uint8", activation_symmetric=False, weight_bits=7)
-VNNI = Int8Rules(activation_dtype="uint8", activation_symmetric=False, weight_bits=8)
-ARM = Int8Rules(activation_dtype="int8", activation_symmetric=False, weight_bits=8)
-SYMMETRIC = Int8Rules(activation_dtype="int8", activation_symmetric=True, weight_bits=8)
+X86 = QuantizationRules(activation_dtype="uint8", activation_symmetric=False, weight_bits=7)
+VNNI = QuantizationRules(activation_dtype="uint8", activation_symmetric=False, weight_bits=8)
+ARM = QuantizationRules(activation_dtype="int8", activation_symmetric=False, weight_bits=8)
+SYMMETRIC = QuantizationRules(activation_dtype="int8", activation_symmetric=True, weight_bits=8)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from edgedeploy.prepare.load import load
 from edgedeploy.prepare.quantize import quantize
 from edgedeploy.prepare.simplify import simplify
 from edgedeploy.records.model import TensorSpec
-from edgedeploy.records.target import Int8Rules
+from edgedeploy.records.target import QuantizationRules
 
 SIDE = 224
 INPUT = TensorSpec(name="image", dtype="float32", shape=("batch", 3, SIDE, SIDE), layout="NCHW")
@@ -40,11 +40,13 @@ EVALUATION = (
     "text.png", "color.png", "logo.png",
 )  # fmt: skip
 FORMS = {
-    "U8S8, 8-bit weights": Int8Rules(activation_dtype="uint8", activation_symmetric=False, weight_bits=8),
-    "U8S8, 7-bit weights": Int8Rules(activation_dtype="uint8", activation_symmetric=False, weight_bits=7),
-    "S8S8, 8-bit weights": Int8Rules(activation_dtype="int8", activation_symmetric=False, weight_bits=8),
-    "S8S8, 7-bit weights": Int8Rules(activation_dtype="int8", activation_symmetric=False, weight_bits=7),
-    "S8S8 symmetric, 8-bit weights": Int8Rules(activation_dtype="int8", activation_symmetric=True, weight_bits=8),
+    "U8S8, 8-bit weights": QuantizationRules(activation_dtype="uint8", activation_symmetric=False, weight_bits=8),
+    "U8S8, 7-bit weights": QuantizationRules(activation_dtype="uint8", activation_symmetric=False, weight_bits=7),
+    "S8S8, 8-bit weights": QuantizationRules(activation_dtype="int8", activation_symmetric=False, weight_bits=8),
+    "S8S8, 7-bit weights": QuantizationRules(activation_dtype="int8", activation_symmetric=False, weight_bits=7),
+    "S8S8 symmetric, 8-bit weights": QuantizationRules(
+        activation_dtype="int8", activation_symmetric=True, weight_bits=8
+    ),
 }
 
 

@@ -8,10 +8,10 @@ from hypothesis.extra.numpy import arrays
 
 from edgedeploy.prepare.grid import activation_grid, bias_integers, integers, largest_weight, rounded, weight_scales
 from edgedeploy.records.quantization import ActivationRange, WeightQuantization
-from edgedeploy.records.target import Int8Rules
+from edgedeploy.records.target import QuantizationRules
 
 RULES = [
-    Int8Rules(activation_dtype=dtype, activation_symmetric=symmetric)
+    QuantizationRules(activation_dtype=dtype, activation_symmetric=symmetric)
     for dtype in ("int8", "uint8")
     for symmetric in (False, True)
 ]
