@@ -13,6 +13,7 @@ from edgedeploy.documents import closest, line_of, to_builtins
 from edgedeploy.errors import DocumentError, UsageError
 from edgedeploy.judge.margin import margin_from_text
 from edgedeploy.records.model import TensorSpec
+from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import Release, load_release
 from edgedeploy.records.target import Precision
 from edgedeploy.records.verdict import Margin, Metric, Policy
@@ -23,6 +24,9 @@ DEFAULT_MARGINS = ("accuracy=-1pt", "latency_p50=+5%", "peak_memory=+10%", "arti
 def read_release(path: Path) -> tuple[Release, Policy]:
     """Read a release file and its gate's policy."""
     release = load_release(path)
+    for own in (release.quantization, *(cell.quantization for cell in release.cells)):
+        if own is not None:
+            checked_policy(own, f"{path}: quantization.")
     margins: dict[Metric, Margin] = {}
     for metric, text in to_builtins(release.gate.margins).items():
         if text:
@@ -68,6 +72,44 @@ def precision_from_text(text: str) -> Precision:
         if text == precision:
             return precision
     raise UsageError(f"there is no precision {text!r} (known: {', '.join(known)})")
+
+
+def policy_from_pairs(pairs: Sequence[str], base: QuantizationPolicy | None = None) -> QuantizationPolicy:
+    """Parse repeated -Q key=value; several layers are joined by commas. Raises UsageError.
+
+    >>> policy_from_pairs(("ranges=percentile", "budget_db=20", "float_layers=conv_1,conv_2")).float_layers
+    ('conv_1', 'conv_2')
+    """
+    base = base or QuantizationPolicy()
+    values: dict[str, object] = to_builtins(base)
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"-Q {pair} is not of the form key=value")
+        if key not in values:
+            raise UsageError(f"unknown setting -Q {pair}{closest(key, values)} (known: {', '.join(values)})")
+        values[key] = [name for name in text.split(",") if name] if key == "float_layers" else text
+        try:
+            base = msgspec.convert(values, QuantizationPolicy, strict=False)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"-Q {pair} is not valid: {str(error)[0].lower()}{str(error)[1:]}") from error
+    return checked_policy(base)
+
+
+def checked_policy(policy: QuantizationPolicy, where: str = "-Q ") -> QuantizationPolicy:
+    """Return a policy whose numbers make sense.
+
+    Args:
+        policy: as it was read.
+        where: what the error's sentence begins with.
+    """
+    if not 50 < policy.percentile <= 100:
+        raise UsageError(f"{where}percentile={policy.percentile:g} must lie above 50 and be at most 100")
+    if policy.max_float_layers < 0:
+        raise UsageError(f"{where}max_float_layers={policy.max_float_layers} is negative")
+    if policy.budget_db is not None and not 0 < policy.budget_db < 150:
+        raise UsageError(f"{where}budget_db={policy.budget_db:g} must lie between 0 and 150 dB (20 dB is common)")
+    return policy
 
 
 def model_name(source: str) -> str:

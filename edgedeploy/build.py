@@ -17,12 +17,16 @@ from edgedeploy.backends import Backend, backend, parse_options
 from edgedeploy.documents import encode_json, read_json, to_builtins, write_json
 from edgedeploy.errors import BackendMissing, DocumentError, UsageError
 from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
+from edgedeploy.prepare.form import Formed
 from edgedeploy.prepare.identity import installed_version, source_identity
-from edgedeploy.records.artifact import FORMAT, Artifact, OptionValue, Recipe
+from edgedeploy.records.artifact import FORMAT, Artifact, LayerReport, OptionValue, Recipe
+from edgedeploy.records.compression import CompressionReport
 from edgedeploy.records.model import FORMAT as MODEL_FORMAT
 from edgedeploy.records.model import Model, TensorSpec
-from edgedeploy.records.quantization import QuantizationTable
-from edgedeploy.records.target import BackendRules, QuantizationRules, Precision, Target, load_target
+from edgedeploy.records.quantization import QuantizationPolicy
+from edgedeploy.records.release import Declared
+from edgedeploy.records.survival import SurvivalReport
+from edgedeploy.records.target import BackendRules, Precision, QuantizationRules, Target, load_target
 from edgedeploy.results import utc_now
 from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file
 
@@ -46,6 +50,9 @@ class BuildRequest:
         base: folder that relative paths and modules are looked up in.
         inputs: empty: what the model's own file says.
         calibration: samples for int8 ranges and for the checks of every conversion; None: random ones (checks only).
+        policy: how a float model is quantized for int8.
+        allow_loss: build even what cannot keep the model's compression.
+        declared: what compression the model is said to carry; checked when it is built.
     """
 
     name: str
@@ -58,6 +65,9 @@ class BuildRequest:
     inputs: tuple[TensorSpec, ...] = ()
     calibration: Path | None = None
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    policy: QuantizationPolicy = field(default_factory=QuantizationPolicy)
+    allow_loss: bool = False
+    declared: Declared | None = None
     trust_pickle: bool = False
     rebuild: bool = False
 
@@ -96,12 +106,18 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         raise BackendMissing(reason)
     with _staging(folder) as work:
         model = canonical_model(request, progress)
-        if request.precision == "int8":
-            model, table = _quantized(request, model, target.quantization[runtime.name], work, progress)
-            write_json(work / QUANTIZATION, table)
+        if request.declared is not None:
+            from edgedeploy.prepare.declared import demand_declared
+
+            demand_declared(request.declared, model.compression, model.kinds, name=request.name)
+        formed = _formed(request, model, target.quantization.get(runtime.name), work, progress)
+        if formed.table:
+            write_json(work / QUANTIZATION, formed.table)
         file = work / f"model{runtime.suffix}"
         progress(f"{request.name}: compiling for {target.name} with {runtime.name} {request.precision}")
-        runtime.compile(model, target, options, file)
+        runtime.compile(formed.model, target, options, file)
+        layers = runtime.inspect(file)
+        survival = _survival(request, model, formed, layers)
         artifact = Artifact(
             name=f"{request.name}-{target.name}-{runtime.name}-{request.precision}",
             file=file.name,
@@ -109,11 +125,13 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             size_bytes=file.stat().st_size,
             key=key,
             recipe=recipe,
-            inputs=model.inputs,
-            outputs=model.outputs,
-            fidelity=model.fidelity,
-            compression=model.compression,
-            layers=runtime.inspect(file),
+            inputs=formed.model.inputs,
+            outputs=formed.model.outputs,
+            fidelity=formed.model.fidelity,
+            compression=_compression(model, formed, survival),
+            layers=layers,
+            survival=survival,
+            notes=tuple(dict.fromkeys((*(item.note for item in model.kinds if item.note), *formed.notes))),
             created_utc=utc_now(),
         )
         write_json(work / MANIFEST, artifact)
@@ -186,11 +204,6 @@ def _recipe(request: BuildRequest, runtime: Backend, target: Target, options: Ma
             f"{request.source} comes from Python, so its inputs must be named; give --input NAME=1x3x224x224, or "
             f"[inputs.NAME] in the release file"
         )
-    if request.precision == "int8" and request.calibration is None:
-        raise UsageError(
-            f"{request.name}: int8 needs samples to calibrate on; give --calibration (a folder or an .npz), "
-            f"or [calibration] in the release file"
-        )
     packages = (*_source_packages(request.source), *runtime.packages)
     return Recipe(
         model=request.name,
@@ -204,6 +217,8 @@ def _recipe(request: BuildRequest, runtime: Backend, target: Target, options: Ma
         backend=runtime.name,
         precision=request.precision,
         options=dict(sorted(options.items())),
+        quantization=request.policy if request.precision == "int8" else None,
+        allow_loss=request.allow_loss,
         toolchain={"edgedeploy": edgedeploy.__version__, **{name: _version(name) for name in sorted({*packages})}},
     )
 
@@ -313,14 +328,61 @@ def _samples(request: BuildRequest, inputs: Sequence[TensorSpec]) -> Samples:
     return random_samples(inputs, max(_RANDOM_SAMPLES, *fixed_batches, 1), seed=0)
 
 
-def _quantized(
-    request: BuildRequest, model: Model, rules: QuantizationRules, work: Path, progress: Progress
-) -> tuple[Model, QuantizationTable]:
-    from edgedeploy.prepare.emit import emit
-    from edgedeploy.prepare.quantize import quantize
+def _formed(
+    request: BuildRequest, model: Model, rules: QuantizationRules | None, work: Path, progress: Progress
+) -> Formed:
+    from edgedeploy.prepare.form import form
 
-    samples = _samples(request, model.inputs)
-    progress(f"{request.name}: calibrating on {samples.count} samples of {samples.name}")
-    table = quantize(model, samples, rules, progress=lambda text: progress(f"{request.name}: {text}"))
-    progress(f"{request.name}: emitting the int8 form and comparing with fp32")
-    return emit(model, table, rules, samples, work / "quantized.onnx"), table
+    def calibration() -> Samples:
+        if request.calibration is None:
+            raise UsageError(
+                f"{request.name}: int8 needs samples to calibrate on; give --calibration (a folder or an .npz), or "
+                f"[calibration] in the release file"
+            )
+        return load_samples(request.calibration, model.inputs)
+
+    return form(
+        model,
+        request.precision,
+        rules,
+        request.policy,
+        calibration=calibration,
+        checks=lambda: _samples(request, model.inputs),
+        allow_loss=request.allow_loss,
+        folder=work,
+        cache=cache_dir() / "calibration",
+        progress=lambda text: progress(f"{request.name}: {text}"),
+    )
+
+
+def _survival(request: BuildRequest, model: Model, formed: Formed, layers: LayerReport) -> SurvivalReport | None:
+    if model.quantization is None or formed.table is None:
+        return None
+    from edgedeploy.prepare.survival import demand_survival, trace
+
+    report = trace(model.quantization, formed.table, Path(formed.model.path), layers)
+    if not request.allow_loss:
+        demand_survival(report)
+    return report
+
+
+def _compression(model: Model, formed: Formed, survival: SurvivalReport | None) -> CompressionReport:
+    """Count what the artifact's form consists of, and say what became of each kind of compression on the way."""
+    from edgedeploy.prepare.compression import compression_report
+    from edgedeploy.prepare.statements import statements
+
+    report = compression_report(Path(formed.model.path))
+    made = statements(model.kinds, model.compression, report, _changes(survival))
+    return msgspec.structs.replace(report, statements=made)
+
+
+def _changes(survival: SurvivalReport | None) -> tuple[str, ...]:
+    if survival is None:
+        return ()
+    changed = [one for one in survival.entries if {"re-scaled", "dropped"} & set(one.stages.values())]
+    if not changed:
+        return ()
+    return (
+        f"{len(changed)} of {len(survival.entries)} scales of the source are not kept (first: {changed[0].tensor}; "
+        f"largest relative change {survival.largest_relative_change:.2g})",
+    )

@@ -19,6 +19,7 @@ from edgedeploy.arguments import (
     margins_from_texts,
     model_name,
     parse_input,
+    policy_from_pairs,
     precision_from_text,
     read_release,
 )
@@ -30,6 +31,7 @@ from edgedeploy.lab.inventory import lab_path, load_lab
 from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
 from edgedeploy.records.artifact import Artifact, OptionValue
 from edgedeploy.records.model import Model, TensorSpec
+from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
 from edgedeploy.records.target import ConditionLimits
@@ -155,13 +157,21 @@ def compile(
     precision: str = "fp32",
     calibration: Path | None = None,
     options: Mapping[str, OptionValue] | None = None,
+    quantization: Sequence[str] | QuantizationPolicy = (),
+    allow_loss: bool = False,
     output: Path | None = None,
     name: str | None = None,
     trust_pickle: bool = False,
     rebuild: bool = False,
     progress: Progress = _silent,
 ) -> Built:
-    """Turn a model into an artifact; with `output`, copy it and its manifest there."""
+    """Turn a model into an artifact; with `output`, copy it and its manifest there.
+
+    Args:
+        quantization: how a float model is quantized, as a record or as texts "ranges=mse".
+        allow_loss: build even what cannot keep the model's compression; the manifest then says what is lost.
+    """
+    policy = quantization if isinstance(quantization, QuantizationPolicy) else policy_from_pairs(quantization)
     request = BuildRequest(
         name=name or model_name(source),
         source=source,
@@ -173,6 +183,8 @@ def compile(
         precision=precision_from_text(precision),
         calibration=calibration,
         options=options or {},
+        policy=policy,
+        allow_loss=allow_loss,
         trust_pickle=trust_pickle,
         rebuild=rebuild,
     )
@@ -265,26 +277,51 @@ def inspect(
     *,
     weights: Path | None = None,
     inputs: Sequence[str] = (),
+    reference: str | None = None,
     trust_pickle: bool = False,
     progress: Progress = _silent,
 ) -> Model | Artifact:
-    """Return what a model is: its Artifact for a folder that `compile` wrote, else its Model after export."""
-    if _is_artifact(model):
-        return load_artifact(Path(model)).artifact
-    return canonical_model(
-        BuildRequest(
-            name=model_name(model),
-            source=model,
+    """Return what a model is: its Artifact for a folder that `compile` wrote, else its Model after export.
+
+    Args:
+        reference: the same network before channels were removed, in any form that `model` may have.
+    """
+    from edgedeploy.prepare.compression import compression_report
+    from edgedeploy.prepare.statements import statements
+
+    def canonical(source: str, given: Path | None) -> Model:
+        request = BuildRequest(
+            name=model_name(source),
+            source=source,
             base=Path.cwd(),
-            weights=weights,
+            weights=given,
             inputs=tuple(parse_input(one) for one in inputs),
             target="host",
             backend="onnxruntime",
             precision="fp32",
             trust_pickle=trust_pickle,
-        ),
-        progress,
-    )
+        )
+        return canonical_model(request, progress)
+
+    if _is_artifact(model):
+        built = load_artifact(Path(model))
+        if reference is None:
+            return built.artifact
+        report = compression_report(built.file, reference=_dense(reference, canonical))
+        report = msgspec.structs.replace(report, statements=built.artifact.compression.statements)
+        return msgspec.structs.replace(built.artifact, compression=report)
+    found = canonical(model, weights)
+    dense = _dense(reference, canonical) if reference else None
+    report = compression_report(Path(found.path), table=found.quantization, reference=dense)
+    made = statements(found.kinds, report, None)
+    return msgspec.structs.replace(found, compression=msgspec.structs.replace(report, statements=made))
+
+
+def _dense(reference: str, canonical: Callable[[str, Path | None], Model]) -> Path:
+    """Return the ONNX of a dense reference."""
+    if _is_artifact(reference):
+        return load_artifact(Path(reference)).file
+    return Path(canonical(reference, None).path)
 
 
 def init(path: Path, *, force: bool = False) -> Path:
@@ -354,6 +391,9 @@ def _request(path: Path, release: Release, cell: CellEntry, rebuild: bool, trust
         precision=cell.precision,
         calibration=base / release.calibration.set if release.calibration else None,
         options=cell.options,
+        policy=cell.quantization or release.quantization,
+        allow_loss=cell.allow_loss,
+        declared=model.declared,
         rebuild=rebuild,
         trust_pickle=trust_pickle,
     )

@@ -28,6 +28,15 @@ Examples:
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
 @click.option("--calibration", type=click.Path(path_type=Path), help="A calibration folder or an .npz.")
 @click.option("-O", "options", multiple=True, metavar="KEY=VALUE", help="An option of the back end; repeatable.")
+@click.option(
+    "-Q",
+    "quantization",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How a float model is quantized: ranges=mse|min-max|percentile|entropy, percentile, bias_correction, "
+    "equalize, rounding=nearest|adaround, budget_db, max_float_layers, float_layers, seed; repeatable.",
+)
+@click.option("--allow-loss", is_flag=True, help="Build also what loses compression, and say what.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR")
 @click.option("--name", help="What to call the model. [default: from SOURCE]")
 @click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
@@ -43,6 +52,8 @@ def compile_command(
     precision: str,
     calibration: Path | None,
     options: tuple[str, ...],
+    quantization: tuple[str, ...],
+    allow_loss: bool,
     output: Path,
     name: str | None,
     trust_pickle: bool,
@@ -65,6 +76,8 @@ def compile_command(
         precision=precision,
         calibration=calibration,
         options=console.parse_pairs(options),
+        quantization=quantization,
+        allow_loss=allow_loss,
         output=output,
         name=name,
         trust_pickle=trust_pickle,
@@ -80,17 +93,32 @@ def compile_command(
     click.echo(f"{'unchanged, from the cache' if built.is_cached else 'built'}: {built.file}")
 
 
-@click.command(epilog="Example: edgedeploy inspect model.onnx")
+@click.command(
+    epilog="""\b
+Examples:
+  edgedeploy inspect model.onnx
+  edgedeploy inspect pruned.onnx --reference dense.onnx --layers
+""",
+)
 @click.argument("model")
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights for a Python reference.")
 @click.option("--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="For a Python reference.")
+@click.option("--reference", metavar="DENSE", help="The .onnx or .pt2 from which channels were removed: says how many.")
+@click.option("--layers/--no-layers", default=None, help="All layers, or none. [default: the largest]")
 @click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
 @console.quiet_option
 @console.json_option
 def inspect_command(
-    model: str, weights: Path | None, inputs: tuple[str, ...], trust_pickle: bool, quiet: bool, as_json: bool
+    model: str,
+    weights: Path | None,
+    inputs: tuple[str, ...],
+    reference: str | None,
+    layers: bool | None,
+    trust_pickle: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
-    """Say what MODEL is: inputs, outputs, parameters, MACs, operators, compression.
+    """Say what MODEL is, what compression it carries, layer by layer, and what became of it.
 
     MODEL is an artifact folder, a .onnx, a .pt2, or a Python reference.
     """
@@ -98,9 +126,14 @@ def inspect_command(
     from edgedeploy.render import text
 
     record = pipeline.inspect(
-        model, weights=weights, inputs=inputs, trust_pickle=trust_pickle, progress=console.progress(quiet)
+        model,
+        weights=weights,
+        inputs=inputs,
+        reference=reference,
+        trust_pickle=trust_pickle,
+        progress=console.progress(quiet),
     )
     if as_json:
         console.print_json(as_document(record))
-    else:
-        click.echo(text.inspection_text(record, color=console.uses_color(), width=console.terminal_width()))
+        return
+    click.echo(text.inspection_text(record, color=console.uses_color(), width=console.terminal_width(), layers=layers))

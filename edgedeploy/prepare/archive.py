@@ -9,6 +9,7 @@ what an ordinary exported network needs, and torch is given a copy of exactly th
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import pickle
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedeploy.errors import ModelError, UntrustedPickle
+from edgedeploy.errors import BackendMissing, ModelError, UntrustedPickle
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -39,13 +40,20 @@ _HARMLESS_TOKEN = re.compile(
     r"|FloorDiv|CeilDiv|CleanDiv|PythonMod|ModularIndexing|Where|PowByNatural|IntTrueDiv|FloatTrueDiv|ToFloat|TruncToInt"
     r"|CeilToInt|FloorToInt|RoundToInt|Identity|integer|positive|nonnegative|negative|real"
 )
-_NAMESPACES = "aten|prims|quantized_decomposed|torchao|torchvision"
+# aten.from_file maps any file of this machine, and changes its size; of torchao only arithmetic on grids is needed.
+_NAMESPACES = "aten|prims|quantized_decomposed|torchvision"
 _OPERATOR = re.compile(
-    rf"torch\.ops\.(?:{_NAMESPACES})\.(?!__)\w+(?:\.(?!__)\w+)?"
+    rf"torch\.ops\.(?:{_NAMESPACES})\.(?!__|from_file\b)\w+(?:\.(?!__)\w+)?"
+    r"|torch\.ops\.torchao\.(?:choose_qparams|quantize|dequantize)_affine(?:\.default)?"
     r"|_operator\.(?:getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|not_)"
     r"|math\.[a-z]\w*|torch\.sym_[a-z]+|torch\._sym_sqrt"
 )
 _NAME = re.compile(r"[\w.:+-]*")
+# Operators that a library registers with torch when it is imported: how a file names them → what to import.
+_REGISTERED_BY = {
+    b"torch.ops.quantized_decomposed.": "torch.ao.quantization.fx._decomposed",
+    b"torch.ops.torchao.": "torchao",
+}
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
@@ -59,10 +67,12 @@ def load_archive(path: Path, *, trust_pickle: bool) -> ExportedProgram:
     Raises:
         ModelError: not such a file, or damaged.
         UntrustedPickle: it holds more than numbers and a graph of plain operators, and `trust_pickle` is False.
+        BackendMissing: its operators are those of a library that is not installed here.
     """
     import torch
 
     source: Any = path if trust_pickle else _checked_copy(path)
+    _register_operators(path, source)
     try:
         return torch.export.load(source)
     except Exception as error:  # torch raises whatever its parsers meet in a damaged file
@@ -70,6 +80,26 @@ def load_archive(path: Path, *, trust_pickle: bool) -> ExportedProgram:
             f"{path} cannot be loaded as an exported program (damaged, or saved by an incompatible PyTorch?): "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _register_operators(path: Path, source: Path | io.BytesIO) -> None:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            program = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(f"/{_PROGRAM}"))
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        raise ModelError(f"{path} cannot be read as .pt2 (truncated or damaged?): {error}") from error
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    for prefix, library in _REGISTERED_BY.items():
+        if prefix not in program:
+            continue
+        try:
+            importlib.import_module(library)
+        except ModuleNotFoundError as error:
+            raise BackendMissing(
+                f"{path} uses operators of {library.partition('.')[0]}, which is not installed here; "
+                f"pip install {library.partition('.')[0]}"
+            ) from error
 
 
 def _checked_copy(path: Path) -> io.BytesIO:

@@ -1,4 +1,4 @@
-"""What a model does on calibration samples: ranges of its tensors and mean errors of its rounded weights.
+"""What a model does on calibration samples: extremes of its tensors and mean errors of its rounded weights.
 
 Both are reduced inside the graph, so that ONNX Runtime hands out a few numbers per batch and frees each large tensor as
 soon as it is used: memory does not grow with the number of samples.
@@ -7,6 +7,7 @@ soon as it is used: memory does not grow with the number of samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from edgedeploy.errors import ModelError
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.graph import Runner, read_graph
 from edgedeploy.records.model import Model
-from edgedeploy.records.quantization import ActivationRange
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -25,10 +25,23 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 
-def calibrate(
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """The smallest and largest value of a tensor over all samples, widened to contain zero, and its size.
+
+    Attributes:
+        values: how many values the tensor has for one sample.
+    """
+
+    low: float
+    high: float
+    values: int
+
+
+def extremes(
     model: Model, samples: Samples, tensors: Sequence[str], *, progress: Progress | None = None
-) -> dict[str, ActivationRange]:
-    """Return the smallest and largest value of each tensor over all samples, widened to contain zero.
+) -> dict[str, Extremes]:
+    """Return the extremes of each tensor.
 
     Args:
         model: fp32.
@@ -38,28 +51,29 @@ def calibrate(
     Raises:
         ModelError: a tensor becomes NaN or infinite.
     """
-    graph = _bare(model)
+    graph = bare(model)
     for tensor in tensors:
-        _add_reduction(graph.graph, "ReduceMin", tensor, _minimum(tensor))
-        _add_reduction(graph.graph, "ReduceMax", tensor, _maximum(tensor))
+        for operator, type_number in (("ReduceMin", 1), ("ReduceMax", 1), ("Size", 7)):
+            _add_reduction(graph.graph, operator, tensor, type_number)
     runner = Runner(graph.SerializeToString())
-    low = dict.fromkeys(tensors, 0.0)
-    high = dict.fromkeys(tensors, 0.0)
+    seen: dict[str, Extremes] = {}
     done = 0
     for batch in samples.batches(model.inputs):
+        rows = len(next(iter(batch.values())))
         answer = runner(batch)
         for tensor in tensors:
-            smallest, largest = float(answer[_minimum(tensor)]), float(answer[_maximum(tensor)])
-            if not (np.isfinite(smallest) and np.isfinite(largest)):
+            low, high, size = (float(answer[f"{tensor}/{key}"]) for key in ("ReduceMin", "ReduceMax", "Size"))
+            if not (np.isfinite(low) and np.isfinite(high)):
                 raise ModelError(
-                    f"tensor {tensor!r} becomes NaN or infinite on samples {done} to "
-                    f"{done + len(next(iter(batch.values()))) - 1} of {samples.name}; repair the model or the samples"
+                    f"tensor {tensor!r} becomes NaN or infinite on samples {done} to {done + rows - 1} of "
+                    f"{samples.name}; repair the model or the samples"
                 )
-            low[tensor], high[tensor] = min(low[tensor], smallest), max(high[tensor], largest)
-        done += len(next(iter(batch.values())))
+            before = seen.get(tensor, Extremes(0.0, 0.0, int(size) // rows))
+            seen[tensor] = Extremes(min(before.low, low), max(before.high, high), before.values)
+        done += rows
         if progress:
             progress(f"calibrating: {done} of {samples.count} samples")
-    return {name: ActivationRange(low=low[name], high=high[name], origin="calibrated") for name in tensors}
+    return seen
 
 
 def mean_errors(
@@ -75,7 +89,7 @@ def mean_errors(
         samples: real inputs.
         errors: name of a Conv, Gemm or MatMul node → W - Wq.
     """
-    graph = _bare(model)
+    graph = bare(model)
     for node in list(graph.graph.node):
         if node.name in errors:
             _add_twin(graph.graph, node, errors[node.name])
@@ -117,23 +131,19 @@ def _add_twin(graph: GraphProto, node: NodeProto, error: NDArray[Any]) -> None:
     graph.output.append(helper.make_tensor_value_info(mean, 1, None))
 
 
-def _bare(model: Model) -> ModelProto:
+def bare(model: Model) -> ModelProto:
     """Return the graph without outputs, ready to be given others; what only they needed is not computed."""
     graph = read_graph(Path(model.path))
     del graph.graph.output[:]
     return graph
 
 
-def _add_reduction(graph: GraphProto, operator: str, tensor: str, output: str) -> None:
+def _add_reduction(graph: GraphProto, operator: str, tensor: str, type_number: int) -> None:
     from onnx import helper
 
-    graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
-    graph.output.append(helper.make_tensor_value_info(output, 1, None))
-
-
-def _minimum(tensor: str) -> str:
-    return f"{tensor}/minimum"
-
-
-def _maximum(tensor: str) -> str:
-    return f"{tensor}/maximum"
+    output = f"{tensor}/{operator}"
+    node = helper.make_node(operator, [tensor], [output])
+    if operator != "Size":
+        node.attribute.append(helper.make_attribute("keepdims", 0))
+    graph.node.append(node)
+    graph.output.append(helper.make_tensor_value_info(output, type_number, None))

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.documents import closest
 from edgedeploy.errors import FidelityError, ModelError, UsageError
+from edgedeploy.prepare.absorb import absorb, short_float_weights
 from edgedeploy.prepare.compression import compression_report
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.fidelity import compare
-from edgedeploy.prepare.graph import Runner, opset_of, specs_of, stamp_oldest, write_graph
+from edgedeploy.prepare.graph import Runner, opset_of, read_graph, specs_of, stamp_oldest, write_graph
 from edgedeploy.prepare.load import Loaded
+from edgedeploy.prepare.lower import lower_module, lower_program
+from edgedeploy.prepare.lower.half_floats import float_dtype
+from edgedeploy.prepare.markers import translations
+from edgedeploy.prepare.recognize import found_in_onnx
+from edgedeploy.prepare.replay import replay
 from edgedeploy.prepare.silence import silenced
-from edgedeploy.records.model import Fidelity, Model, TensorSpec
+from edgedeploy.records.model import Fidelity, FoundCompression, Model, TensorSpec
+from edgedeploy.records.quantization import SourceQuantization
 from edgedeploy.storage import sha256_file
 
 if TYPE_CHECKING:
@@ -35,8 +44,15 @@ _OLDEST_OPSET = 17
 # Largest error allowed, relative to the largest value of the output. Sums in another order differ by 1e-6 to 1e-5 in
 # deep float32 networks; a folded normalisation or a lost branch is off by 1e-2 and more.
 MAX_RELATIVE = 1e-3
+# The same for sources that compute in short floats, whose own rounding is 2**-11 or 2**-8 an operation; our float32
+# form is the more exact one.
+_MAX_RELATIVE_SHORT = {"float16": 1e-2, "bfloat16": 5e-2, "autocast": 5e-2}
+# Least signal-to-noise ratio of a source that quantizes its activations: where a value lies between two codes, another
+# order of summation takes the other one. 40 dB and more were seen; a lost scale or a missing clamp ends below 15.
+_MIN_SQNR_DB = 25.0
 # Enough to meet every branch that data can choose between; more costs minutes on large models.
 FIDELITY_SAMPLES = 128
+_SHORT_FLOATS: dict[str, Literal["float16", "bfloat16"]] = {"float16": "float16", "bfloat16": "bfloat16"}
 
 
 def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples, out: Path) -> Model:
@@ -59,18 +75,34 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
 
     with torch.no_grad(), silenced("export"):
         traced = _trace_module(loaded, inputs, samples) if loaded.kind == "module" else _adopt(loaded, inputs, samples)
-        graph = _converted(loaded, traced)
+        program, more = lower_program(traced.program)
+        found = (*traced.found, *more)
+        graph, quantization = absorb(_converted(loaded, program, traced))
+    for kind, storage in _SHORT_FLOATS.items():
+        if any(item.kind == kind for item in found):
+            own = quantization or SourceQuantization()
+            weights = short_float_weights(graph, storage) | own.weights
+            quantization = msgspec.structs.replace(own, weights=weights)
     write_graph(graph, out)
     with torch.no_grad(), silenced("comparison with PyTorch"):
         fidelity = compare(
             traced.reference,
-            Runner(out),
+            _candidate(graph, quantization),
             samples.batches(traced.inputs, FIDELITY_SAMPLES),
-            names=("PyTorch", "fp32 ONNX"),
+            names=("PyTorch", _form(quantization)),
             sample_source=samples.name,
         )
-    _demand_faithful(loaded, fidelity)
-    return _model(loaded, out, traced.inputs, fidelity)
+    _demand_faithful(loaded, fidelity, found, quantization)
+    return _model(loaded, out, traced.inputs, fidelity, found, quantization)
+
+
+def _candidate(graph: ModelProto, quantization: SourceQuantization | None) -> Runner:
+    whole = replay(graph, quantization) if quantization else graph
+    return Runner(whole.SerializeToString(), is_optimized=quantization is None)
+
+
+def _form(quantization: SourceQuantization | None) -> str:
+    return "fp32 ONNX and its quantization" if quantization else "fp32 ONNX"
 
 
 def declared_inputs(loaded: Loaded) -> tuple[TensorSpec, ...] | None:
@@ -87,13 +119,15 @@ class _Traced:
     Attributes:
         inputs: in the order of the program's placeholders.
         outputs: names, in the order of the program's outputs.
-        reference: named inputs → named outputs, computed by PyTorch.
+        reference: named inputs → named outputs, computed by PyTorch with the model as it was given.
+        found: what compression was recognised, and lowered, in the module.
     """
 
     program: ExportedProgram
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     reference: Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
+    found: tuple[FoundCompression, ...] = ()
 
 
 def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Samples) -> _Traced:
@@ -103,13 +137,19 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
         raise UsageError(
             f"{loaded.source} comes from Python, so its inputs must be named; give --input NAME=1x3x224x224"
         )
-    module: nn.Module = loaded.program.eval()
+    module: nn.Module = loaded.program
     inputs, by_name = _in_forward_order(module, given)
     example = _example(inputs, samples)
     names = [spec.name for spec in inputs]
+    short = float_dtype(module)
+    # Before it runs for the first time: what observers have seen is part of a prepared model.
+    _stop_observers(module)
+    lowered, found = lower_module(_copy(loaded, module))
 
     def call(tensors: Mapping[str, Tensor]) -> Any:
         ordered = [tensors[name] for name in names]
+        if short is not None:
+            ordered = [value.to(short) if value.is_floating_point() else value for value in ordered]
         return module(**dict(zip(names, ordered, strict=True))) if by_name else module(*ordered)
 
     try:
@@ -120,12 +160,11 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
             f"names and shapes"
         ) from error
     outputs = _output_names(loaded, answer)
-    bake(module)
     dims = {size: torch.export.Dim(size) for spec in inputs for size in spec.shape if isinstance(size, str)}
     axes = [{i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs]
     try:
         program = torch.export.export(
-            module,
+            lowered,
             () if by_name else tuple(example[name] for name in names),
             {name: example[name] for name in names} if by_name else None,
             dynamic_shapes=dict(zip(names, axes, strict=True)) if by_name else tuple(axes),
@@ -136,11 +175,53 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
             f"fault, give it a number instead of a name"
         ) from error
 
+    _demand_named_axes(loaded, program, inputs)
+
     def reference(batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         tensors = {name: torch.from_numpy(batch[name]) for name in names}
         return {name: leaf.numpy() for name, leaf in zip(outputs, _leaves(call(tensors)), strict=True)}
 
-    return _Traced(program, inputs, outputs, reference)
+    return _Traced(program, inputs, outputs, reference, found)
+
+
+def _stop_observers(module: nn.Module) -> None:
+    """Keep trained ranges as they are: fake quantization goes on observing in evaluation mode."""
+    import torch
+
+    for part in module.modules():
+        flag = getattr(part, "observer_enabled", None)
+        if isinstance(flag, torch.Tensor):
+            flag.zero_()
+
+
+def _copy(loaded: Loaded, module: nn.Module) -> nn.Module:
+    """Copy a module, so that the original stays what the result is compared with."""
+    import torch
+
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            # Hooks leave results of autograd behind, which cannot be copied.
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                setattr(part, name, value.detach())
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # modules may hold anything: locks, generators, open files
+        raise ModelError(
+            f"{loaded.source} cannot be copied, which lowering needs: {type(error).__name__}: {_beginning(error)}; "
+            f"keep what is no part of the network out of the module"
+        ) from error
+
+
+def _demand_named_axes(loaded: Loaded, program: ExportedProgram, inputs: Sequence[TensorSpec]) -> None:
+    """Refuse a batch size that was fixed silently: a graph captured before keeps its sizes."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    for spec, name in zip(inputs, program.graph_signature.user_inputs, strict=True):
+        for axis, (wanted, size) in enumerate(zip(spec.shape, values[name].shape, strict=True)):
+            if isinstance(wanted, str) and isinstance(size, int):
+                raise ModelError(
+                    f"axis {axis} ({wanted}) of input {spec.name!r} of {loaded.source} is fixed to {size} in its "
+                    f"graph; capture the graph with dynamic_shapes, or give the axis that number"
+                )
 
 
 def _adopt(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Samples) -> _Traced:
@@ -172,20 +253,6 @@ def _adopt(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Samples)
         return {name: leaf.numpy() for name, leaf in zip(outputs, _leaves(answer), strict=True)}
 
     return _Traced(program, inputs, outputs, reference)
-
-
-def bake(module: nn.Module) -> None:
-    """Make pruning masks permanent: weight = original * mask is computed once, and the hook that did it is removed.
-
-    Left in place, the mask of a large layer is exported as a multiplication at run time, which also keeps batch
-    normalisation from being folded.
-    """
-    from torch.nn.utils import prune
-
-    for part in module.modules():
-        hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
-        for hook in hooks:
-            prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]  # torch has no types there
 
 
 def _in_forward_order(module: nn.Module, given: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], bool]:
@@ -232,10 +299,12 @@ def _output_names(loaded: Loaded, answer: Any) -> tuple[str, ...]:
 def _leaves(answer: Any) -> list[Tensor]:
     from torch.utils import _pytree as pytree
 
-    return [leaf.detach().contiguous() for leaf in pytree.tree_leaves(answer)]
+    leaves = [leaf.detach().dequantize() if leaf.is_quantized else leaf.detach() for leaf in pytree.tree_leaves(answer)]
+    # Short floats are compared in float32: numpy has no bfloat16.
+    return [leaf.float().contiguous() if leaf.is_floating_point() else leaf.contiguous() for leaf in leaves]
 
 
-def _converted(loaded: Loaded, traced: _Traced) -> ModelProto:
+def _converted(loaded: Loaded, program: ExportedProgram, traced: _Traced) -> ModelProto:
     import torch
 
     names = [spec.name for spec in traced.inputs]
@@ -243,8 +312,9 @@ def _converted(loaded: Loaded, traced: _Traced) -> ModelProto:
         raise ModelError(f"{loaded.source} has inputs and outputs of the same name ({', '.join(clash)}); rename one")
     try:
         exported = torch.onnx.export(
-            traced.program,
+            program,
             dynamo=True,
+            custom_translation_table=translations(),
             opset_version=OPSET,
             input_names=names,
             output_names=list(traced.outputs),
@@ -354,34 +424,53 @@ def _export_onnx(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Sa
                 size.dim_param = wanted
             else:
                 size.dim_value = wanted
+    graph, quantization = absorb(graph)
     write_graph(graph, out)
     reference = onnx.ModelProto()
     reference.CopyFrom(original)
     stamp_oldest(reference)
     fidelity = compare(
-        Runner(reference.SerializeToString()),
-        Runner(out),
+        # As it is written: a runtime's optimiser may change what a quantized graph computes.
+        Runner(reference.SerializeToString(), is_optimized=quantization is None),
+        _candidate(graph, quantization),
         samples.batches(inputs, FIDELITY_SAMPLES),
-        names=(loaded.source, "fp32 ONNX"),
+        names=(loaded.source, _form(quantization)),
         sample_source=samples.name,
     )
-    _demand_faithful(loaded, fidelity)
-    return _model(loaded, out, inputs, fidelity)
+    found = found_in_onnx(quantization)
+    _demand_faithful(loaded, fidelity, found, quantization)
+    return _model(loaded, out, inputs, fidelity, found, quantization)
 
 
-def _demand_faithful(loaded: Loaded, fidelity: Fidelity) -> None:
+def _demand_faithful(
+    loaded: Loaded,
+    fidelity: Fidelity,
+    found: Sequence[FoundCompression],
+    quantization: SourceQuantization | None,
+) -> None:
+    allowed = max([MAX_RELATIVE, *(_MAX_RELATIVE_SHORT.get(item.kind, 0.0) for item in found)])
+    has_grids = quantization is not None and bool(quantization.activations or quantization.dynamic)
     for output in fidelity.outputs:
-        if output.max_relative > MAX_RELATIVE:
-            raise FidelityError(
-                f"the ONNX form of {loaded.source} differs from it in output {output.output!r} by {output.max_abs:.3g} "
-                f"({output.max_relative:.2g} of its largest value, {MAX_RELATIVE:g} is allowed) on {fidelity.samples} "
-                f"samples of {fidelity.sample_source}; look for randomness or training-mode layers in forward"
-            )
+        if output.max_relative <= allowed:
+            continue
+        if has_grids and (output.sqnr_db is None or output.sqnr_db >= _MIN_SQNR_DB):
+            continue
+        ratio = "" if output.sqnr_db is None else f", {output.sqnr_db:.1f} dB"
+        raise FidelityError(
+            f"the ONNX form of {loaded.source} differs from it in output {output.output!r} by {output.max_abs:.3g} "
+            f"({output.max_relative:.2g} of its largest value, {allowed:g} is allowed{ratio}) on {fidelity.samples} "
+            f"samples of {fidelity.sample_source}; look for randomness or training-mode layers in forward"
+        )
 
 
-def _model(loaded: Loaded, out: Path, inputs: Sequence[TensorSpec], fidelity: Fidelity) -> Model:
-    from edgedeploy.prepare.graph import read_graph
-
+def _model(
+    loaded: Loaded,
+    out: Path,
+    inputs: Sequence[TensorSpec],
+    fidelity: Fidelity,
+    found: tuple[FoundCompression, ...],
+    quantization: SourceQuantization | None,
+) -> Model:
     graph = read_graph(out)
     layouts = {spec.name: spec.layout for spec in inputs}
     return Model(
@@ -395,8 +484,10 @@ def _model(loaded: Loaded, out: Path, inputs: Sequence[TensorSpec], fidelity: Fi
             for spec in specs_of(graph.graph.input)
         ),
         outputs=specs_of(graph.graph.output),
-        compression=compression_report(out),
+        compression=compression_report(out, table=quantization),
         fidelity=(fidelity,),
+        kinds=found,
+        quantization=quantization,
     )
 
 

@@ -173,6 +173,15 @@ def drop_unused_constants(model: ModelProto) -> None:
     model.graph.initializer.extend(used)
 
 
+def _has_int8_activations(model: Path | bytes) -> bool:
+    import onnx
+
+    graph = (onnx.load(str(model)) if isinstance(model, Path) else onnx.load_from_string(model)).graph
+    types = {item.name: item.data_type for item in graph.initializer}
+    stored = (node.input[2] for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2)
+    return any(types.get(name) == onnx.TensorProto.INT8 for name in stored)
+
+
 class Runner:
     """An ONNX model on the host's ONNX Runtime: inputs → outputs.
 
@@ -193,8 +202,13 @@ class Runner:
         options.log_severity_level = 3
         # Idle threads that spin slow down everything else on the machine, and nothing is timed here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The exact 8-bit kernels on x86 without VNNI; the fast ones saturate. Nothing elsewhere.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        # 8-bit kernels whose numbers are right also on x86 without VNNI, where the default ones saturate: fused ones of
+        # int8 activations, as on ARM, or precise ones of uint8 activations. Both settings at once make an operator that
+        # has no kernel (seen in onnxruntime 1.31.1).
+        exact = "qdqisint8allowed" if _has_int8_activations(model) else "x64quantprecision"
+        options.add_session_config_entry(f"session.{exact}", "1")
+        # Weights that are dequantized for a MatMul stay what they are; the default rounds activations to 8 bits beside.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if is_optimized else level.ORT_DISABLE_ALL
         source = str(model) if isinstance(model, Path) else model

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgedeploy.errors import DocumentError
 from edgedeploy.records.quantization import ActivationRange, WeightQuantization
 from edgedeploy.records.target import QuantizationRules
 
@@ -59,16 +63,54 @@ def weight_scales(weight: Array, *, axis: int | None, bits: int, bias: Array | N
     largest = magnitude.max() if axis is None else magnitude.max(axis=_others(weight, axis))
     scales = np.atleast_1d(largest / largest_weight(bits))
     if bias is not None:
-        needed = np.abs(bias.astype(np.float64)) / (input_scale * _MAX_BIAS)
+        needed = smallest_scales(bias, input_scale)
         scales = np.maximum(scales, needed.max() if axis is None else needed)
     scales = np.maximum(np.where(scales > 0, scales, 1.0), np.finfo(np.float32).tiny)
     return np.asarray(scales, np.float32)
 
 
+def smallest_scales(bias: Array, input_scale: float) -> Array:
+    """Return the weight scale that each element of a bias needs at least, so that it fits int32."""
+    return np.asarray(np.abs(bias.astype(np.float64)) / (input_scale * _MAX_BIAS))
+
+
 def integers(weight: Array, grid: WeightQuantization) -> NDArray[np.int8]:
-    """Return weights as integers of their grid, rounded to nearest even."""
+    """Return weights as integers of a symmetric grid, each rounded to nearest even or as the grid says.
+
+    Raises:
+        DocumentError: the grid's rounding is not one bit for each of these weights.
+    """
     limit = largest_weight(grid.bits)
-    return np.clip(np.rint(weight / spread(weight, grid)), -limit, limit).astype(np.int8)
+    exact = weight / spread(weight, grid)
+    codes = np.floor(exact) + rounding_bits(grid.rounding, weight.shape) if grid.rounding else np.rint(exact)
+    return np.asarray(np.clip(codes, -limit, limit), np.int8)
+
+
+def rounding_text(is_up: NDArray[np.bool_]) -> str:
+    """Return chosen roundings as `WeightQuantization.rounding` holds them: 1 for up, in C order."""
+    # The bits of well-chosen roundings look random: a higher level of compression saves nothing.
+    return base64.b64encode(zlib.compress(np.packbits(is_up).tobytes(), 1)).decode()
+
+
+def rounding_bits(text: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return which weights are rounded up.
+
+    Raises:
+        DocumentError: damaged, or not one bit for each weight.
+    """
+    count = math.prod(shape)
+    reader = zlib.decompressobj()
+    try:
+        # No more than is needed is unpacked, whatever the text promises.
+        packed = reader.decompress(base64.b64decode(text, validate=True), count // 8 + 2)
+    except (ValueError, zlib.error) as error:
+        raise DocumentError(f"the rounding of weights in a quantization table is damaged: {error}") from error
+    if len(packed) != (count + 7) // 8 or not reader.eof:
+        raise DocumentError(
+            f"a quantization table holds {'more' if len(packed) > count // 8 else 'fewer'} than one rounding for each "
+            f"of {count} weights; quantize the model again"
+        )
+    return np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(np.bool_).reshape(shape)
 
 
 def rounded(weight: Array, grid: WeightQuantization) -> Array:

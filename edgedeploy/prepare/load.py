@@ -86,7 +86,14 @@ def load(source: str, weights: Path | None, *, base: Path, trust_pickle: bool = 
     digest = ""
     if weights is not None:
         digest = _fill(module, weights, trust_pickle=trust_pickle)
-    return Loaded("module", source, module.eval(), digest)
+    return Loaded("module", source, _evaluated(module), digest)
+
+
+def _evaluated(module: nn.Module) -> nn.Module:
+    # A graph that was captured for quantization has its mode built in: it refuses, or answers None.
+    with contextlib.suppress(NotImplementedError):
+        module.eval()
+    return module
 
 
 def _need_torch() -> None:
@@ -167,7 +174,7 @@ def _module_from_pickle(path: Path, *, trust_pickle: bool) -> nn.Module:
         raise ModelError(
             f"{path} holds a {type(found).__name__}, not a model; name a Python factory and give this file as weights"
         )
-    return found.eval()
+    return _evaluated(found)
 
 
 def _fill(module: nn.Module, path: Path, *, trust_pickle: bool) -> str:

@@ -1,11 +1,12 @@
 """Three operators that carry quantization from PyTorch into ONNX, where `absorb` reads and removes them.
 
 Exporters fold, unfold or refuse the many ways in which PyTorch libraries write quantization, and what they do depends
-on the size of a tensor. A lowering writes these operators instead: nothing folds them, in PyTorch they compute what they
-mean, and in ONNX they are nodes of the domain `edgedeploy` that never reach a back end.
+on the size of a tensor. A lowering writes these operators instead: nothing folds them, in PyTorch they compute what
+they mean, and in ONNX they are nodes of the domain `edgedeploy` that never reach a back end.
 
     dequantize_weight(codes, scale, zero_point, axis, block, bits) -> float32
-        Constant weights, shape of `codes` (int8, uint8, float16, bfloat16 or float8_e4m3fn): (codes - zero_point) * scale.
+        Constant weights of the shape of `codes` (int8, uint8, float16, bfloat16 or float8_e4m3fn):
+        (codes - zero_point) * scale.
         `scale` and `zero_point` (int32) have one entry, or one per channel of `axis`, or with `block` > 0 the shape
         (channels, blocks): `block` neighbours along the other axis of a matrix share one. axis -1: one entry.
     fake_quantize(x, scale, zero_point, axis, low_code, high_code) -> like x
@@ -67,12 +68,15 @@ def operators() -> Any:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         top = 2 ** (bits - 1) - 1
         tiny = torch.finfo(x.dtype).tiny
+        on_grid: torch.Tensor
         if symmetric:
             step = (torch.maximum(-low, high) / top).clamp(min=tiny)
-            return (torch.clamp(torch.round(x / step), -top, top) * step).contiguous()
-        step = ((high - low) / (2**bits - 1)).clamp(min=tiny)
-        zero = torch.round(-low / step)
-        return ((torch.clamp(torch.round(x / step) + zero, 0, 2**bits - 1) - zero) * step).contiguous()
+            on_grid = torch.clamp(torch.round(x / step), -top, top) * step
+        else:
+            step = ((high - low) / (2**bits - 1)).clamp(min=tiny)
+            zero = torch.round(-low / step)
+            on_grid = (torch.clamp(torch.round(x / step) + zero, 0, 2**bits - 1) - zero) * step
+        return on_grid.contiguous()
 
     dequantize_weight.register_fake(lambda codes, *_: torch.empty(codes.shape, dtype=torch.float32))
     fake_quantize.register_fake(lambda x, *_: torch.empty(x.shape, dtype=x.dtype))

@@ -2,187 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgedeploy.errors import ModelError
-from edgedeploy.prepare.calibrate import calibrate, mean_errors
+from edgedeploy.documents import closest
+from edgedeploy.errors import ModelError, UsageError
+from edgedeploy.prepare.calibrate import mean_errors
+from edgedeploy.prepare.calibration_check import check_calibration
 from edgedeploy.prepare.dataset import Samples
-from edgedeploy.prepare.graph import View, attributes, read_graph, view
-from edgedeploy.prepare.grid import activation_grid, rounded, weight_scales
+from edgedeploy.prepare.graph import View, read_graph, view
+from edgedeploy.prepare.grid import activation_grid, rounded, smallest_scales, weight_scales
+from edgedeploy.prepare.quantized_set import MOVES, QuantizedSet, bias_of, quantized_set, weight_axis
+from edgedeploy.prepare.ranges import activation_range
+from edgedeploy.prepare.rounding import choose, input_moments, row_places
+from edgedeploy.prepare.sensitivity import plan, without
+from edgedeploy.prepare.statistics import statistics
 from edgedeploy.records.model import Model
-from edgedeploy.records.quantization import ActivationRange, QuantizationTable, WeightQuantization
+from edgedeploy.records.quantization import (
+    ActivationRange,
+    QuantizationPolicy,
+    QuantizationTable,
+    WeightQuantization,
+)
 from edgedeploy.records.target import QuantizationRules
 
-if TYPE_CHECKING:
-    from onnx import NodeProto
-
 Progress = Callable[[str], None]
+Grids = dict[str, WeightQuantization]
 
-# Operators that only move values, or pick some of them: input and output share one grid, and nothing is lost.
-MOVES = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
-# Operators that compute on integers when all that they read is quantized anyway.
-_FOLLOWERS = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
+# Whoever writes a graph by a table asks the same questions of it.
+__all__ = ["MOVES", "bias_of", "quantize", "weight_axis"]
+
+_DEFAULT = QuantizationPolicy()
 
 
 def quantize(
-    model: Model, samples: Samples, rules: QuantizationRules, *, progress: Progress | None = None
+    model: Model,
+    samples: Samples,
+    rules: QuantizationRules,
+    policy: QuantizationPolicy = _DEFAULT,
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> QuantizationTable:
-    """Calibrate a model and correct its biases for what rounding its weights loses on average.
+    """Calibrate a float model and choose the grid of every tensor and weight.
 
     Args:
-        model: simplified fp32 (`simplify`).
+        model: simplified fp32; already equalized where `policy.equalize` asks for it, since that makes another model.
         samples: real inputs, unlike those that the result will be judged on.
         rules: the target's; bits and axes of weights, and the activations' storage, which limits biases.
-        progress: called with a sentence, now and then.
+        policy: how ranges, roundings and layers that stay float are chosen.
+        cache: folder where statistics of the same model and samples are looked for and kept.
+        progress: called with a sentence, now and then; what looks wrong about the samples comes with "note: ".
 
     Raises:
-        ModelError: nothing in the model can be quantized, or a tensor becomes NaN or infinite on the samples.
+        ModelError: nothing in the model can be quantized, a tensor becomes NaN or infinite on the samples, or the
+            policy's budget is not met.
+        DocumentError: the samples cannot be right.
+        UsageError: the policy names a layer that the model does not have.
     """
-    graph = read_graph(Path(model.path))
-    plan = _plan(view(graph.graph))
-    if not plan.weighted:
+    for note in check_calibration(samples, model.inputs):
+        if progress:
+            progress(f"note: {note}")
+    seen = view(read_graph(Path(model.path)).graph)
+    chosen = quantized_set(seen, _left_float(seen, rules, policy))
+    if not chosen.weighted:
         raise ModelError(
             f"{model.source} has no convolution or matrix product with constant float32 weights, so nothing can be "
             f"quantized; build it as fp32"
         )
-    origins = list(dict.fromkeys(plan.origin(tensor) for tensor in plan.tensors))
-    ranges = calibrate(model, samples, origins, progress=progress)
-    activations = {tensor: ranges[plan.origin(tensor)] for tensor in plan.tensors}
-    weights = _weight_grids(plan, activations, rules)
-    errors = {
-        node.name: plan.seen.constants[node.input[1]]
-        - rounded(plan.seen.constants[node.input[1]], weights[node.input[1]])
-        for node in plan.weighted
-        if bias_of(node, plan.seen)
-    }
-    lost = mean_errors(model, samples, errors, progress=progress)
-    return QuantizationTable(
+    activations = _ranges(model, samples, chosen, rules, policy, cache, progress)
+    weights = _weight_grids(chosen, activations, rules)
+    if policy.rounding == "adaround":
+        weights = _chosen_roundings(model, samples, chosen, activations, weights, policy, rules, progress)
+    table = QuantizationTable(
         model_sha256=model.sha256,
         calibration=samples.name,
         calibration_sha256=samples.sha256,
         samples=samples.count,
-        method="min-max activations, max-abs weights, mean-error bias correction",
-        nodes=tuple(plan.nodes),
+        method=_method(policy),
+        nodes=tuple(chosen.nodes),
         activations=activations,
         weights=weights,
-        bias_deltas={
-            bias_of(node, plan.seen): tuple(float(value) for value in lost[node.name])
-            for node in plan.weighted
-            if node.name in lost
-        },
+        bias_deltas=_bias_deltas(model, samples, chosen, weights, progress) if policy.bias_correction else {},
     )
+    if policy.budget_db is None:
+        return table
+    found = plan(
+        model,
+        table,
+        samples,
+        rules,
+        budget_db=policy.budget_db,
+        most=policy.max_float_layers,
+        progress=progress,
+    )
+    return without(table, seen, found.chosen.float_nodes)
 
 
-def weight_axis(node: NodeProto) -> int:
-    """Return the output-channel axis of a node's weights."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and attributes(node).get("transB")):
-        return 0
-    return 1
+def _left_float(seen: View, rules: QuantizationRules, policy: QuantizationPolicy) -> set[str]:
+    names = [node.name for node in seen.graph.node]
+    for name in policy.float_layers:
+        if name not in names:
+            raise UsageError(f"float_layers names {name!r}, which the model does not have{closest(name, names)}")
+    excluded = {node.name for node in seen.graph.node if node.op_type in rules.excluded_operators}
+    return excluded | set(policy.float_layers)
 
 
-def bias_of(node: NodeProto, seen: View) -> str:
-    """Return the name of a node's own constant bias, or "" where it has none or shares it."""
-    name = node.input[2] if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else ""
-    return name if name in seen.constants and len(seen.consumers[name]) == 1 else ""
+def _ranges(
+    model: Model,
+    samples: Samples,
+    chosen: QuantizedSet,
+    rules: QuantizationRules,
+    policy: QuantizationPolicy,
+    cache: Path | None,
+    progress: Progress | None,
+) -> dict[str, ActivationRange]:
+    # Of every tensor that any policy and rules could quantize, so that one calibration serves all of them.
+    whole = quantized_set(chosen.seen)
+    origins = list(dict.fromkeys(item.origin(tensor) for item in (whole, chosen) for tensor in item.tensors))
+    found = statistics(model, samples, origins, cache=cache, progress=progress)
+    return {tensor: activation_range(found[chosen.origin(tensor)], rules, policy) for tensor in chosen.tensors}
 
 
-@dataclass(slots=True)
-class _Plan:
-    """What is quantized.
-
-    Attributes:
-        nodes: names of quantized nodes, in graph order.
-        weighted: those of them that have weights.
-        tensors: activations that are stored as integers, in graph order.
-        moved: tensor → the tensor that it is a rearrangement of.
-    """
-
-    seen: View
-    nodes: list[str] = field(default_factory=list)
-    weighted: list[NodeProto] = field(default_factory=list)
-    tensors: dict[str, None] = field(default_factory=dict)
-    moved: dict[str, str] = field(default_factory=dict)
-
-    def origin(self, tensor: str) -> str:
-        """Return the tensor whose values a rearranged tensor holds."""
-        while tensor in self.moved:
-            tensor = self.moved[tensor]
-        return tensor
+def _method(policy: QuantizationPolicy) -> str:
+    ranges = f"{policy.ranges} {policy.percentile:g}" if policy.ranges == "percentile" else policy.ranges
+    parts = [
+        f"{ranges} activations",
+        "weights rounded as reconstructs their layers" if policy.rounding == "adaround" else "max-abs weights",
+        "mean-error bias correction" if policy.bias_correction else "",
+        "" if policy.budget_db is None else f"layers in float for {policy.budget_db:g} dB",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
-def _plan(seen: View) -> _Plan:
-    plan = _Plan(seen)
-    axes: dict[str, int] = {}
-    for node in seen.graph.node:
-        if _has_integer_weights(node, seen) and axes.setdefault(node.input[1], weight_axis(node)) == weight_axis(node):
-            plan.nodes.append(node.name)
-            plan.weighted.append(node)
-            plan.tensors[node.input[0]] = None
-            # A product that nothing quantized reads stays float: the integer kernels of Gemm and MatMul can answer so.
-            if node.op_type == "Conv":
-                plan.tensors[_after_activation(node, seen)] = None
-        elif node.op_type in _FOLLOWERS and _reads_integers(node, plan):
-            plan.nodes.append(node.name)
-            plan.tensors.update(dict.fromkeys(node.input))
-            plan.tensors[_after_activation(node, seen)] = None
-        elif node.op_type in MOVES and node.input[0] in plan.tensors and len(node.output) == 1:
-            plan.nodes.append(node.name)
-            plan.moved[node.output[0]] = node.input[0]
-            plan.tensors[node.output[0]] = None
-    return plan
-
-
-def _has_integer_weights(node: NodeProto, seen: View) -> bool:
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain:
-        return False
-    weight = seen.constants.get(node.input[1])
-    if weight is None or weight.dtype != np.float32 or node.input[0] in seen.constants:
-        return False
-    if not np.isfinite(weight).all():
-        raise ModelError(f"the weights of node {node.name!r} hold NaN or infinity; train the model again")
-    if node.op_type == "Conv":
-        return True
-    settings = attributes(node)
-    is_plain = settings.get("alpha", 1.0) == 1.0 and settings.get("beta", 1.0) == 1.0 and not settings.get("transA")
-    has_bias_of_ours = node.op_type == "MatMul" or len(node.input) < 3 or bool(bias_of(node, seen))
-    return weight.ndim == 2 and is_plain and has_bias_of_ours
-
-
-def _reads_integers(node: NodeProto, plan: _Plan) -> bool:
-    """Whether all inputs are activations and one of them is quantized already, so that joining in costs nothing new."""
-    is_live = all(name and name not in plan.seen.constants for name in node.input)
-    return is_live and any(name in plan.tensors for name in node.input)
-
-
-def _after_activation(node: NodeProto, seen: View) -> str:
-    """Return the tensor to quantize after a node: its own output, or that of a Relu or Clip that alone reads it.
-
-    Runtimes drop a clamp when the integers that follow cannot leave its range.
-    """
-    output = node.output[0]
-    reader = seen.sole_consumer(output)
-    return str(reader.output[0] if reader is not None and reader.op_type in ("Relu", "Clip") else output)
-
-
-def _weight_grids(
-    plan: _Plan, activations: dict[str, ActivationRange], rules: QuantizationRules
-) -> dict[str, WeightQuantization]:
-    grids: dict[str, WeightQuantization] = {}
-    for node in plan.weighted:
+def _weight_grids(chosen: QuantizedSet, activations: Mapping[str, ActivationRange], rules: QuantizationRules) -> Grids:
+    grids: Grids = {}
+    for node in chosen.weighted:
         name = node.input[1]
-        weight = plan.seen.constants[name]
+        bias = bias_of(node, chosen.seen)
         axis = weight_axis(node) if rules.weight_per_channel else None
-        bias = bias_of(node, plan.seen)
         scales = weight_scales(
-            weight,
+            chosen.seen.constants[name],
             axis=axis,
             bits=rules.weight_bits,
-            bias=plan.seen.constants[bias] if bias else None,
+            bias=chosen.seen.constants[bias] if bias else None,
             input_scale=activation_grid(activations[node.input[0]], rules).scale,
         )
         if name in grids:  # shared weights: one grid that suits all of their nodes
@@ -191,3 +156,55 @@ def _weight_grids(
             bits=rules.weight_bits, axis=axis, scales=tuple(float(scale) for scale in scales), origin="max-abs"
         )
     return grids
+
+
+def _chosen_roundings(
+    model: Model,
+    samples: Samples,
+    chosen: QuantizedSet,
+    activations: Mapping[str, ActivationRange],
+    grids: Grids,
+    policy: QuantizationPolicy,
+    rules: QuantizationRules,
+    progress: Progress | None,
+) -> Grids:
+    seen = chosen.seen
+    moments = input_moments(model, samples, chosen.weighted, seen, progress=progress)
+    rounded_grids: Grids = {}
+    for number, (name, grid) in enumerate(grids.items()):
+        readers = [node for node in chosen.weighted if node.input[1] == name]
+        biases = [bias_of(node, seen) for node in readers]
+        needed = [
+            smallest_scales(seen.constants[bias], activation_grid(activations[node.input[0]], rules).scale)
+            for node, bias in zip(readers, biases, strict=True)
+            if bias
+        ]
+        rounded_grids[name] = choose(
+            seen.constants[name],
+            row_places(readers[0], seen.constants[name]),
+            grid,
+            [moments[node.name] for node in readers],
+            smallest=np.max(needed, axis=0) if needed else None,
+            has_bias=policy.bias_correction and all(biases),
+        )
+        if progress:
+            progress(f"choosing roundings: {number + 1} of {len(grids)} layers")
+    return rounded_grids
+
+
+def _bias_deltas(
+    model: Model, samples: Samples, chosen: QuantizedSet, grids: Grids, progress: Progress | None
+) -> dict[str, tuple[float, ...]]:
+    """Return what each bias must grow by, so that rounding its weights changes no channel's mean.
+
+    All from the float model's inputs: measured behind layers that are corrected already, the corrections diverge.
+    """
+    seen = chosen.seen
+    biases = {node.name: bias_of(node, seen) for node in chosen.weighted}
+    errors = {
+        node.name: seen.constants[node.input[1]] - rounded(seen.constants[node.input[1]], grids[node.input[1]])
+        for node in chosen.weighted
+        if biases[node.name]
+    }
+    lost = mean_errors(model, samples, errors, progress=progress)
+    return {biases[name]: tuple(float(value) for value in lost[name]) for name in errors}

@@ -20,6 +20,7 @@ from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, attributes, drop_unused_constants, read_graph, specs_of, view, write_graph
+from edgedeploy.prepare.protect import protect, release
 from edgedeploy.prepare.silence import silenced
 from edgedeploy.records.model import Fidelity, Model
 from edgedeploy.storage import sha256_file
@@ -46,16 +47,22 @@ def simplify(model: Model, samples: Samples, out: Path) -> Model:
         The model with one more fidelity record. Every Conv and Gemm has a bias of its own.
     """
     graph = read_graph(Path(model.path))
+    quantization = model.quantization
+    if quantization:
+        graph = protect(graph, quantization)
     for step in (_slim, _name_means_as_pools, _give_biases):
         graph = _checked(step, graph, model, samples)
+    if quantization:
+        graph, quantization = release(graph, quantization, read_graph(Path(model.path)))
     write_graph(graph, out)
     fidelity = _compare(model, Path(model.path), out, samples)
     return msgspec.structs.replace(
         model,
         path=str(out),
         sha256=sha256_file(out),
-        compression=compression_report(out),
+        compression=compression_report(out, table=quantization),
         fidelity=(*model.fidelity, fidelity),
+        quantization=quantization,
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from edgedeploy.documents import Record
-from edgedeploy.records.model import CompressionReport, Fidelity, TensorSpec
+from edgedeploy.records.compression import CompressionReport
+from edgedeploy.records.model import Fidelity, TensorSpec
+from edgedeploy.records.quantization import QuantizationPolicy
+from edgedeploy.records.survival import SurvivalReport
 from edgedeploy.records.target import Precision
 
 # History of edgedeploy.manifest:
@@ -20,6 +23,8 @@ class Recipe(Record, frozen=True, kw_only=True):
         model: the source as given; its identity is model_sha256 (code, weights and inputs together).
         calibration_sha256: "" where no calibration is used.
         target_sha256: digest of the resolved target's content.
+        quantization: how a float model was quantized after training; None where that did not happen.
+        allow_loss: whether losing compression was accepted.
         toolchain: package → version of everything that touched the bytes.
     """
 
@@ -34,15 +39,27 @@ class Recipe(Record, frozen=True, kw_only=True):
     backend: str
     precision: Precision
     options: dict[str, OptionValue]
+    quantization: QuantizationPolicy | None = None
+    allow_loss: bool = False
     toolchain: dict[str, str]
 
 
 class LayerReport(Record, frozen=True, kw_only=True):
-    """What precision each layer of an artifact really got."""
+    """What precision each layer of an artifact really got, as the runtime itself says.
+
+    Attributes:
+        operators: operator → how many, in the runtime's own optimised graph.
+        quantized: what computes on integers, "operator name".
+        float_islands: what computes in float within a model that has integers.
+        scales: tensor or weights → the scale, or scales, that the runtime has for it.
+        expanded: weights that the file stores small and the runtime widens to float32, at load or in each inference.
+    """
 
     operators: dict[str, int]
     quantized: tuple[str, ...]
     float_islands: tuple[str, ...]
+    scales: dict[str, tuple[float, ...]] = {}
+    expanded: tuple[str, ...] = ()
 
 
 class Artifact(Record, frozen=True, kw_only=True):
@@ -53,6 +70,8 @@ class Artifact(Record, frozen=True, kw_only=True):
         sha256: its digest, which is the artifact's name.
         key: digest of the recipe.
         fidelity: each conversion compared with PyTorch (or with the ONNX that was given).
+        survival: what became of each scale that the source came with; None for a float source.
+        notes: sentences for a person: what was changed or lost, and accepted.
     """
 
     format: str = FORMAT
@@ -67,5 +86,6 @@ class Artifact(Record, frozen=True, kw_only=True):
     fidelity: tuple[Fidelity, ...]
     compression: CompressionReport
     layers: LayerReport
+    survival: SurvivalReport | None = None
     notes: tuple[str, ...] = ()
     created_utc: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from edgedeploy.documents import Record
+from edgedeploy.records.compression import CompressionReport
 from edgedeploy.records.quantization import SourceQuantization
 
 # History of edgedeploy.model:
@@ -96,16 +97,6 @@ class FoundCompression(Record, frozen=True, kw_only=True):
     lowering: str = ""
     is_kept: bool = True
     note: str = ""
-
-
-class CompressionReport(Record, frozen=True, kw_only=True):
-    """What compression a model carries, counted in its ONNX graph."""
-
-    parameters: int
-    nonzero_parameters: int
-    macs: int | None
-    initializer_bytes: int
-    operators: dict[str, int]
 
 
 class Model(Record, frozen=True, kw_only=True):

@@ -38,7 +38,10 @@ class ActivationRange(Record, frozen=True, kw_only=True):
 
 
 class WeightQuantization(Record, frozen=True, kw_only=True):
-    """How a float initializer is stored: real = scale * (code - zero_point), code in [-(2**(bits-1)-1), 2**(bits-1)-1].
+    """How a float initializer is stored: real = scale * (code - zero_point).
+
+    Codes of ours lie in [-(2**(bits-1)-1), 2**(bits-1)-1]; trained ones may be -2**(bits-1) too. Unsigned sources are
+    shifted by 2**(bits-1).
 
     Attributes:
         axis: the output-channel axis of `scales`, None for one scale per tensor.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from edgedeploy.documents import Record, closest, line_of, read_toml
 from edgedeploy.errors import DocumentError
 from edgedeploy.records.artifact import OptionValue
 from edgedeploy.records.model import DType, TensorSpec
+from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.target import Precision
 
 # History of edgedeploy.release:
@@ -23,17 +25,43 @@ class InputEntry(Record, frozen=True, kw_only=True):
     layout: str = ""
 
 
+class Declared(Record, frozen=True, kw_only=True):
+    """What a model is said to be: `[models.NAME.declared]`. Building fails where it is not; None says nothing.
+
+    Attributes:
+        sparsity: share of zeros among the weights that are multiplied with, at least.
+        pattern: "2:4": in every layer whose input channels come in fours; "unstructured", "channels": in some layer.
+        qat: whether it was trained with fake quantization.
+        weight_bits: of every layer's weights, at most; activation_bits: of what every layer reads.
+        rank: there are low-rank pairs, and none has a higher rank.
+        max_macs: for one sample.
+        except_layers: module paths or node names of layers that sparsity, pattern, rank and bits do not speak of.
+    """
+
+    sparsity: float | None = None
+    pattern: Literal["unstructured", "2:4", "channels"] | None = None
+    qat: bool | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    rank: int | None = None
+    max_parameters: int | None = None
+    max_macs: int | None = None
+    except_layers: tuple[str, ...] = ()
+
+
 class ModelEntry(Record, frozen=True, kw_only=True):
     """A model: "package.module:factory", a .pt2 or a .onnx.
 
     Attributes:
         weights: a state_dict (.safetensors, or .pt that holds nothing but tensors) for a factory.
         inputs: input name → specification; empty: the release's `inputs`, or what the file itself says.
+        declared: what its compression must be found to be.
     """
 
     source: str
     weights: str = ""
     inputs: dict[str, InputEntry] = {}
+    declared: Declared = Declared()
 
 
 class CalibrationEntry(Record, frozen=True, kw_only=True):
@@ -60,6 +88,8 @@ class CellEntry(Record, frozen=True, kw_only=True):
 
     Attributes:
         baseline: the cell that this one is compared with; empty: the gate's.
+        quantization: how this cell's float model is quantized; None: as the release says.
+        allow_loss: build it even where the target cannot keep the model's compression.
     """
 
     name: str
@@ -70,6 +100,8 @@ class CellEntry(Record, frozen=True, kw_only=True):
     device: str = "local"
     options: dict[str, OptionValue] = {}
     baseline: str = ""
+    quantization: QuantizationPolicy | None = None
+    allow_loss: bool = False
 
 
 class Margins(Record, frozen=True, kw_only=True):
@@ -106,6 +138,7 @@ class Release(Record, frozen=True, kw_only=True):
     models: dict[str, ModelEntry]
     inputs: dict[str, InputEntry] = {}
     calibration: CalibrationEntry | None = None
+    quantization: QuantizationPolicy = QuantizationPolicy()
     evaluation: EvaluationEntry | None = None
     cells: tuple[CellEntry, ...]
     gate: GateEntry
@@ -143,6 +176,8 @@ def load_release(path: Path) -> Release:
         raise DocumentError(f"{line_of(path, 'gate', 'error_rate')}: error_rate must lie between 0 and 0.5")
     if not 2 <= release.gate.min_blocks <= release.gate.max_blocks:
         raise DocumentError(f"{line_of(path, 'gate')}: demand 2 <= min_blocks <= max_blocks")
+    for name, model in release.models.items():
+        _demand_possible(path, name, model.declared)
     _demand_files(path, release)
     return release
 
@@ -160,6 +195,23 @@ def input_specs(release: Release, model: ModelEntry) -> tuple[TensorSpec, ...]:
         TensorSpec(name=name, dtype=entry.dtype, shape=entry.shape, layout=entry.layout)
         for name, entry in entries.items()
     )
+
+
+def _demand_possible(path: Path, name: str, declared: Declared) -> None:
+    """Refuse what no model could be."""
+    ranges: tuple[tuple[str, float | None, float, float], ...] = (
+        ("sparsity", declared.sparsity, 0.0, 1.0),
+        ("weight_bits", declared.weight_bits, 1, 32),
+        ("activation_bits", declared.activation_bits, 1, 32),
+        ("rank", declared.rank, 1, float("inf")),
+        ("max_parameters", declared.max_parameters, 1, float("inf")),
+        ("max_macs", declared.max_macs, 1, float("inf")),
+    )
+    for key, value, lowest, highest in ranges:
+        if value is not None and not lowest <= value <= highest:
+            limits = f"at least {lowest:g}" if highest == float("inf") else f"between {lowest:g} and {highest:g}"
+            where = line_of(path, "models", name, "declared", key)
+            raise DocumentError(f"{where}: {key} = {value:g} must be {limits}")
 
 
 def _demand(path: Path, where: tuple[str | int, ...], noun: str, name: str, known: object) -> None:

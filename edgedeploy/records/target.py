@@ -94,7 +94,7 @@ class Target(Record, frozen=True, kw_only=True):
 
     Attributes:
         resolve: not empty for `host`: which real target this machine is, first match wins.
-        quantization: back end → how it wants its int8 form; a table may stand here for a back end that is not built yet.
+        quantization: back end → how it wants its int8 form; also for back ends that `backends` does not allow.
     """
 
     format: str

@@ -7,9 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgedeploy.records.artifact import Artifact
-from edgedeploy.records.model import CompressionReport, Model, TensorSpec
+from edgedeploy.records.compression import CompressionReport
+from edgedeploy.records.model import Model, TensorSpec
+from edgedeploy.records.quantization import SourceQuantization
 from edgedeploy.records.run import Run
 from edgedeploy.records.verdict import CellVerdict, Verdict
+from edgedeploy.render.compression import (
+    TEXT_COLUMNS,
+    compression_facts,
+    fitting_columns,
+    layer_notes,
+    layer_rows,
+    shown_layers,
+    statement_heading,
+    statement_rows,
+)
 from edgedeploy.render.figures import (
     FIDELITY_COLUMNS,
     NOT_AVAILABLE,
@@ -35,7 +47,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-_STYLES = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
+_STYLES = {
+    "PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow",
+    "kept": "green", "changed": "yellow", "lost": "red",
+}  # fmt: skip
 _WORD = 12  # the longest word that a narrow table's column keeps whole: INCONCLUSIVE
 _WIDTH = 100  # where nobody says how wide the reader's screen is
 
@@ -98,9 +113,16 @@ def run_text(run: Run, *, color: bool, width: int | None) -> str:
     return _rendered(show, color=color, width=width)
 
 
-def artifact_text(artifact: Artifact, *, color: bool, width: int | None) -> str:
-    """Return what an artifact is, what made it, and how faithful it is."""
-    recipe, layers = artifact.recipe, artifact.layers
+def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers: bool | None = False) -> str:
+    """Return what an artifact is, what made it, what became of its compression, and how faithful it is.
+
+    Args:
+        artifact: the manifest.
+        color: with ANSI styles.
+        width: columns; None for 100.
+        layers: all layers, or none; None: the largest.
+    """
+    recipe, precisions = artifact.recipe, artifact.layers
     facts = [
         ("file", f"{artifact.file}, {format_bytes(artifact.size_bytes)}"),
         ("sha256", artifact.sha256),
@@ -110,8 +132,8 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None) -> str:
         ("options", ", ".join(f"{key}={value}" for key, value in recipe.options.items()) or "none"),
         ("calibration", recipe.calibration or "none"),
         *_tensor_facts(artifact.inputs, artifact.outputs),
-        *_compression_facts(artifact.compression),
-        ("layers", f"{len(layers.quantized)} quantized, {len(layers.float_islands)} left in float"),
+        *compression_facts(artifact.compression),
+        ("layers", f"{len(precisions.quantized)} quantized, {len(precisions.float_islands)} left in float"),
         ("tools", ", ".join(f"{package} {version}" for package, version in recipe.toolchain.items())),
     ]
 
@@ -120,22 +142,32 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None) -> str:
         console.print(_facts(facts))
         if artifact.fidelity:
             console.print(_table("Fidelity", FIDELITY_COLUMNS, fidelity_rows(artifact)))
+        _show_statements(console, artifact.compression)
+        _show_layers(console, artifact.compression, layers)
         _show_list(console, "Notes", list(artifact.notes))
 
     return _rendered(show, color=color, width=width)
 
 
-def inspection_text(record: Model | Artifact, *, color: bool, width: int | None) -> str:
-    """Return what a model is, before or after compilation."""
+def inspection_text(record: Model | Artifact, *, color: bool, width: int | None, layers: bool | None = None) -> str:
+    """Return what a model is, before or after compilation, and what compression it carries.
+
+    Args:
+        record: what `pipeline.inspect` returned.
+        color: with ANSI styles.
+        width: columns; None for 100.
+        layers: all layers, or none; None: the largest.
+    """
     if isinstance(record, Artifact):
-        return artifact_text(record, color=color, width=width)
+        return artifact_text(record, color=color, width=width, layers=layers)
     facts = [
         ("file", record.path),
         ("sha256", record.sha256),
-        ("weights", record.weights_sha256 or "in the model file"),
+        ("weights file", record.weights_sha256 or "none"),
         ("opset", str(record.opset)),
         *_tensor_facts(record.inputs, record.outputs),
-        *_compression_facts(record.compression),
+        *compression_facts(record.compression),
+        *_quantization_facts(record.quantization),
     ]
 
     def show(console: Console) -> None:
@@ -143,6 +175,8 @@ def inspection_text(record: Model | Artifact, *, color: bool, width: int | None)
         console.print(_facts(facts))
         if record.fidelity:
             console.print(_table("Fidelity", FIDELITY_COLUMNS, fidelity_rows(record)))
+        _show_statements(console, record.compression)
+        _show_layers(console, record.compression, layers)
 
     return _rendered(show, color=color, width=width)
 
@@ -171,6 +205,37 @@ def _show_cell(console: Console, cell: CellVerdict, runs: Mapping[str, Run]) -> 
     took = f" after {format_duration(cell.seconds)}" if cell.seconds is not None else ""
     console.print(_plain(f"{cell.cell}: "), _styled(cell.decision), _plain(took), sep="")
     console.print()
+
+
+def _show_statements(console: Console, report: CompressionReport) -> None:
+    from rich.table import Table
+
+    if report.statements:
+        console.print()
+        console.print(_plain("Compression"), style="bold")
+    for one in report.statements:
+        console.print(_plain(statement_heading(one)))
+        stages = Table.grid(padding=(0, 2))
+        for stage, fate, reason in statement_rows(one):
+            stages.add_row(_plain(f"  {stage}"), _styled(fate), _plain(reason))
+        console.print(stages)
+
+
+def _show_layers(console: Console, report: CompressionReport, layers: bool | None) -> None:
+    """Show a table with one line a layer; what a narrow screen has no room for is named below it."""
+    if layers is False or not report.layers:
+        return
+    shown = shown_layers(report, is_all=bool(layers))
+    columns, dropped = fitting_columns(shown, console.width)
+    made = _table("Layers", columns, layer_rows(shown, columns))
+    made.padding = (0, 1, 0, 0)
+    for name, column in zip(columns, made.columns, strict=True):
+        column.justify = "left" if name in TEXT_COLUMNS else "right"
+        column.no_wrap = name != "layer"
+    console.print()
+    console.print(made)
+    for note in layer_notes(report, shown, dropped):
+        console.print(_plain(note))
 
 
 def _show_list(console: Console, title: str, items: Sequence[str]) -> None:
@@ -246,14 +311,15 @@ def _tensor_facts(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -
     ]
 
 
-def _compression_facts(compression: CompressionReport) -> list[tuple[str, str]]:
-    operators = ", ".join(f"{number} {name}" for name, number in compression.operators.items())
-    return [
-        ("parameters", f"{compression.parameters:,} ({compression.nonzero_parameters:,} not zero)"),
-        ("multiply-adds", f"{compression.macs:,}" if compression.macs is not None else NOT_AVAILABLE),
-        ("weights' size", format_bytes(compression.initializer_bytes)),
-        ("operators", operators or "none"),
+def _quantization_facts(source: SourceQuantization | None) -> list[tuple[str, str]]:
+    if source is None:
+        return []
+    parts = [
+        count(len(source.weights), "weight tensor"),
+        count(len(source.activations), "activation"),
+        count(len(source.dynamic), "dynamic input"),
     ]
+    return [("carries", f"its own quantization of {', '.join(parts)}; this file holds the values as float32")]
 
 
 def _or(number: float | None, text: Callable[[float], str]) -> str:

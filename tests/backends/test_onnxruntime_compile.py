@@ -21,13 +21,16 @@ from edgedeploy.storage import sha256_file  # noqa: E402
 TARGET = Target(format="edgedeploy.target/1", name="any", description="any")
 
 
-def model_with(nodes, folder, *, opset=18, domains=()):
+def model_with(nodes, folder, *, opset=18, domains=(), constants=None):
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")],
+        [
+            numpy_helper.from_array(np.asarray(value), name)
+            for name, value in (constants or {"w": np.eye(4, dtype=np.float32)}).items()
+        ],
     )
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
     program = helper.make_model(graph, opset_imports=opsets, ir_version=8)
@@ -59,6 +62,46 @@ def test_report_of_a_float_model_has_no_islands(tmp_path):
     report = BACKEND.inspect(Path(model.path))
     assert report.operators == {"MatMul": 1}
     assert (report.quantized, report.float_islands) == ((), ())
+
+
+def test_scales_are_found_under_the_names_that_the_file_gave_them(tmp_path):
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "zero"], ["x/stored"]),
+        helper.make_node("DequantizeLinear", ["x/stored", "xs", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w/integers", "ws", "wz"], ["wd"], axis=1),
+        helper.make_node("MatMul", ["xd", "wd"], ["p"], name="product"),
+        helper.make_node("Relu", ["p"], ["r"], name="clamp"),
+        helper.make_node("QuantizeLinear", ["r", "rs", "low"], ["r/stored"]),
+        helper.make_node("DequantizeLinear", ["r/stored", "rs", "low"], ["rd"]),
+        helper.make_node("Sin", ["rd"], ["y"]),
+    ]
+    constants = {
+        # Equal scales: the runtime keeps one of them.
+        "xs": np.float32(0.5), "rs": np.float32(0.5), "zero": np.uint8(128), "low": np.uint8(0),
+        "w/integers": np.eye(4, dtype=np.int8), "ws": np.arange(1, 5, dtype=np.float32), "wz": np.zeros(4, np.int8),
+    }  # fmt: skip
+    model = model_with(nodes, tmp_path, constants=constants)
+    report = BACKEND.inspect(Path(model.path))
+    assert report.operators["QLinearMatMul"] == 1
+    assert report.scales == {"r": (0.5,), "w": (1.0, 2.0, 3.0, 4.0), "x": (0.5,)}
+    assert (report.float_islands, report.expanded) == ((), ())
+
+
+def test_weights_that_the_runtime_widens_are_named(tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["h"], ["first"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "first"], ["p"]),
+        helper.make_node("DequantizeLinear", ["q/integers", "s", "z"], ["second"], axis=0),
+        helper.make_node("Gemm", ["p", "second"], ["y"], transB=1),
+    ]
+    constants = {
+        "h": np.eye(4, dtype=np.float16), "q/integers": np.eye(4, dtype=np.int8), "s": np.ones(4, np.float32),
+        "z": np.zeros(4, np.int8),
+    }  # fmt: skip
+    model = model_with(nodes, tmp_path, constants=constants)
+    report = BACKEND.inspect(Path(model.path))
+    assert report.expanded == ("h", "q")
+    assert [label.split()[0] for label in report.float_islands] == ["MatMul", "Gemm"]
 
 
 def test_operator_without_a_kernel_is_named_with_its_node(tmp_path):

@@ -1,12 +1,24 @@
 """Integer grids: what every range and weight must satisfy."""
 
+import base64
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgedeploy.prepare.grid import activation_grid, bias_integers, integers, largest_weight, rounded, weight_scales
+from edgedeploy.errors import DocumentError
+from edgedeploy.prepare.grid import (
+    activation_grid,
+    bias_integers,
+    integers,
+    largest_weight,
+    rounded,
+    rounding_bits,
+    rounding_text,
+    weight_scales,
+)
 from edgedeploy.records.quantization import ActivationRange, WeightQuantization
 from edgedeploy.records.target import QuantizationRules
 
@@ -56,3 +68,33 @@ def test_bias_of_a_dead_channel_still_fits(weight, size):
     stored = bias_integers(bias, 1e-4, grid)
     assert np.abs(stored.astype(np.int64)).max() <= 2**30 + 2**8
     assert stored * np.float64(1e-4) * scales == pytest.approx(bias, rel=1e-5, abs=1e-4 * float(scales.max()))
+
+
+@settings(max_examples=50, deadline=None)
+@given(bits=arrays(np.bool_, st.tuples(st.integers(1, 5), st.integers(1, 7))))
+def test_roundings_survive_being_written(bits):
+    np.testing.assert_array_equal(rounding_bits(rounding_text(bits), bits.shape), bits)
+
+
+@settings(max_examples=50, deadline=None)
+@given(weight=WEIGHTS, is_up=arrays(np.bool_, (3, 4)))
+def test_chosen_roundings_are_honoured(weight, is_up):
+    scales = weight_scales(weight, axis=0, bits=8, bias=None, input_scale=1.0)
+    grid = WeightQuantization(axis=0, scales=tuple(map(float, scales)), origin="mse", rounding=rounding_text(is_up))
+    expected = np.clip(np.floor(weight / scales[:, None]) + is_up, -127, 127)
+    np.testing.assert_array_equal(integers(weight, grid), expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=40) | st.binary(max_size=40).map(lambda data: base64.b64encode(data).decode()))
+def test_damaged_roundings_are_refused(text):
+    with pytest.raises(
+        DocumentError, match=r"rounding of weights in a quantization table is damaged|one rounding for each"
+    ):
+        rounding_bits(text, (64, 64, 3, 3))
+
+
+@pytest.mark.parametrize("count", [8, 800])
+def test_roundings_of_other_weights_are_refused(count):
+    with pytest.raises(DocumentError, match="than one rounding for each of 80 weights"):
+        rounding_bits(rounding_text(np.ones(count, np.bool_)), (8, 10))

@@ -5,7 +5,7 @@ import pytest
 from edgedeploy.errors import DocumentError, UsageError
 from edgedeploy.records.target import load_target, target_files
 
-SHIPPED = {"host", "x86-64", "x86-64-vnni", "arm64-linux", "raspberry-pi-4", "raspberry-pi-5"}
+SHIPPED = {"host", "x86-64", "x86-64-vnni", "arm64-linux", "raspberry-pi-4", "raspberry-pi-5", "jetson-orin"}
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,27 @@ def test_shipped_targets_are_all_there():
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED - {"host"}))
-def test_shipped_target_gives_onnxruntime_int8_rules_with_a_reason(name):
+def test_shipped_target_gives_int8_rules_with_a_reason(name):
     target = load_target(name, machine="", isa=())
-    rules = target.backends["onnxruntime"]
-    assert "int8" in rules.precisions
-    assert rules is not None
-    assert rules.why
+    assert set(target.backends["onnxruntime"].precisions) == {"fp32", "fp16", "int8"}
+    assert "onnxruntime" in target.quantization
+    for rules in target.quantization.values():
+        assert len(rules.why.strip()) > 80
+
+
+def test_tensorrt_rules_are_symmetric_with_a_float_bias():
+    rules = load_target("jetson-orin", machine="", isa=()).quantization["tensorrt"]
+    assert (rules.activation_dtype, rules.activation_symmetric, rules.bias) == ("int8", True, "float32")
+    assert (rules.residual_add, rules.clamps) == ("skip", "kept")
+    assert (rules.weight_only, rules.dynamic) == ("refused", "refused")
+
+
+@pytest.mark.parametrize("name", ["arm64-linux", "raspberry-pi-4", "raspberry-pi-5"])
+def test_tflite_rules_are_those_of_its_specification(name):
+    rules = load_target(name, machine="", isa=()).quantization["tflite"]
+    assert (rules.activation_dtype, rules.activation_symmetric, rules.bias) == ("int8", False, "int32")
+    assert rules.weight_per_channel
+    assert rules.weight_bits == 8
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 # Files of this folder that are asked in turn.
-_MODULE_PARTS = ("pruning_masks", "sparse_tensors", "eager_quantized", "fx_quantized", "dynamic_quantized", "torchao_tensors", "parametrizations", "half_floats", "shared_weights")  # fmt: skip
-_PROGRAM_PARTS = ("pt2e", "low_rank", "constant_parameters")
+_MODULE_PARTS = (
+    "pt2e",  # first, because a prepared graph cannot be converted any more once it was copied
+    "pruning_masks",
+    "sparse_tensors",
+    "eager_quantized",
+    "fx_quantized",
+    "dynamic_quantized",
+    "torchao_tensors",
+    "parametrizations",
+    "half_floats",
+    "shared_weights",
+)
+_PROGRAM_PARTS = ("pt2e", "half_floats", "low_rank", "constant_parameters", "shared_weights")
 
 
 def lower_module(module: nn.Module) -> tuple[nn.Module, tuple[FoundCompression, ...]]:
