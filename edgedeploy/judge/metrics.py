@@ -1,4 +1,4 @@
-"""Task metrics: outputs and labels → one figure, with a score per sample where there is one. No clock, no randomness."""
+"""Task metrics: outputs and labels → one figure, with a score per sample where there is one. No randomness."""
 
 from __future__ import annotations
 
@@ -139,11 +139,12 @@ def evaluate(
         metric: what to compute. top1, top5, mae: `judge.scores`. mse, cosine: mean squared error, and cosine similarity
             with the label, of each sample. f1_*: scikit-learn's F1 of the arg-max (or of integer outputs as they are).
             auc, eer: two classes, from one score a sample, or the difference of two. map, map50: COCO's average
-            precision, over IoU 0.50:0.95 or at 0.50, at most 100 detections a sample.
+            precision, over IoU 0.50:0.95 or at 0.50, of boxes (samples, most, 4) with corners x1, y1, x2, y2, and
+            scores and labels (samples, most); a row without a positive score or with a negative label is padding, and
+            at most 100 detections a sample count.
         outputs: the outputs that it reads, in its order, first axis = sample.
         labels: "" → the set's `labels`; output name → its `labels.<output>`, which come first. For map: "boxes",
-            (samples, most, 4) corners x1, y1, x2, y2, and "classes", (samples, most) class numbers, -1 where a sample
-            has fewer objects.
+            laid out like the outputs, and "classes", (samples, most) class numbers, -1 where a sample has fewer.
         function: (outputs, labels) → a number, or one for each sample. It gets the array of a single output, or a
             dictionary of several; likewise labels: the array, or a dictionary where the set has several.
 
@@ -177,7 +178,7 @@ def labels_for(output: str, labels: Mapping[str, Array]) -> Array:
     for name in (output, ONLY):
         if name in labels:
             return labels[name]
-    held = ", ".join(f"labels.{name}" for name in labels) or "none"
+    held = ", ".join(f"labels.{name}" if name else "labels" for name in labels) or "none"
     raise UsageError(
         f"the evaluation set has no labels for output {output!r} (it has: {held}); save them as `labels` or "
         f"`labels.{output}`"

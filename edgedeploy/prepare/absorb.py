@@ -32,6 +32,7 @@ from edgedeploy.errors import ModelError
 from edgedeploy.prepare.clean_graph import MOVES, CleanGraph, Codes, inner, refusal, rename_inside
 from edgedeploy.prepare.graph import attributes, opset_of, view
 from edgedeploy.prepare.markers import DOMAIN
+from edgedeploy.prepare.moved_weights import settle_moves
 from edgedeploy.prepare.qoperators import to_qdq
 from edgedeploy.prepare.widen import widened
 from edgedeploy.records.quantization import (
@@ -77,7 +78,7 @@ def absorb(graph: ModelProto) -> tuple[ModelProto, SourceQuantization | None]:
         copy = inliner.inline_local_functions(copy)
     _demand_flat(copy.graph.node)
     _constants_as_initializers(copy)
-    reader = _Reader(view(to_qdq(widened(copy)).graph), opset_of(copy))
+    reader = _Reader(view(settle_moves(to_qdq(widened(copy))).graph), opset_of(copy))
     for node in copy.graph.node:
         reader.read(node)
     return reader.finish(copy)

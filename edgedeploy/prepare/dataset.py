@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from edgedeploy.storage import sha256_bytes, sha256_file
 Array = NDArray[Any]
 
 LABELS = "labels"
+# Before the name of one array of labels where a set has several: labels.boxes, labels.classes, or an output's name.
+_LABELS_OF = "labels."
 # Samples that are looked at together where the count is ours to choose: a few images of activations stay below 100 MB.
 BATCH = 8
 # Stands for a dynamic axis other than the batch when samples are made up.
@@ -37,6 +39,7 @@ class Samples:
         arrays: input name → stored array, first axis = sample.
         preparations: input name → how the stored values become the model's; a missing name is taken as it is.
         is_synthetic: made up by `random_samples`, so nothing about accuracy can be learnt from them.
+        named_labels: what follows "labels." in an array's name → that array, first axis = sample.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Samples:
     arrays: Mapping[str, Array]
     preparations: Mapping[str, InputPreparation]
     is_synthetic: bool = False
+    named_labels: Mapping[str, Array] = field(default_factory=dict)
 
     def batch(self, start: int, stop: int) -> dict[str, Array]:
         """Return samples start..stop-1 as the model takes them, contiguous, first axis = sample."""
@@ -89,7 +93,8 @@ def load_samples(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
     """Open a data set and check it against a model's inputs.
 
     Args:
-        path: a folder with manifest.toml, or an .npz with one array per input (first axis = sample), and `labels`.
+        path: a folder with manifest.toml, or an .npz with one array per input (first axis = sample), and `labels`, or
+            several arrays `labels.NAME` (np.savez(file, image=..., **{"labels.boxes": ...})).
         inputs: the model's inputs. A sample has the shape of an input without its first axis.
 
     Raises:
@@ -119,8 +124,11 @@ def load_samples(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
     else:
         raise DocumentError(f"{path} is neither a folder with manifest.toml nor an .npz; give one of these")
     labels = None if any(spec.name == LABELS for spec in inputs) else arrays.pop(LABELS, None)
+    fed = {spec.name for spec in inputs}
+    named = {key: arrays.pop(key) for key in list(arrays) if key.startswith(_LABELS_OF) and key not in fed}
     _demand_names(file, [spec.name for spec in inputs], arrays)
-    counts = {key: len(array) for key, array in arrays.items()} | ({} if labels is None else {LABELS: len(labels)})
+    counts = {key: len(array) for key, array in (arrays | named).items()}
+    counts |= {} if labels is None else {LABELS: len(labels)}
     if len(set(counts.values())) != 1:
         found = ", ".join(f"{key}: {count}" for key, count in counts.items())
         raise DocumentError(f"{file} has arrays of different lengths ({found}); the first axis of each is the sample")
@@ -131,7 +139,8 @@ def load_samples(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
         _demand_fit(file, spec, arrays[spec.name], preparations.get(spec.name))
     _demand_same_axes(file, inputs, arrays)
     ordered = {spec.name: arrays[spec.name] for spec in inputs}
-    return Samples(name, digest, count, labels, ordered, preparations)
+    named_labels = {key.removeprefix(_LABELS_OF): array for key, array in named.items()}
+    return Samples(name, digest, count, labels, ordered, preparations, named_labels=named_labels)
 
 
 def random_samples(inputs: Sequence[TensorSpec], count: int, seed: int) -> Samples:

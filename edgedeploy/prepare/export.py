@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +74,7 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
         return _export_onnx(loaded, inputs, samples, out)
     import torch
 
-    with torch.no_grad(), silenced("export"):
+    with torch.no_grad(), _plain_attention(), silenced("export"):
         traced = _trace_module(loaded, inputs, samples) if loaded.kind == "module" else _adopt(loaded, inputs, samples)
         program, more = lower_program(traced.program)
         found = (*traced.found, *more)
@@ -84,7 +85,7 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
             weights = short_float_weights(graph, storage) | own.weights
             quantization = msgspec.structs.replace(own, weights=weights)
     write_graph(graph, out)
-    with torch.no_grad(), silenced("comparison with PyTorch"):
+    with torch.no_grad(), _plain_attention(), silenced("comparison with PyTorch"):
         fidelity = compare(
             traced.reference,
             _candidate(graph, quantization),
@@ -94,6 +95,23 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
         )
     _demand_faithful(loaded, fidelity, found, quantization)
     return _model(loaded, out, traced.inputs, fidelity, found, quantization)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switch off torch's fused kernel for transformer layers.
+
+    It reads weights as plain tensors, past the forward of the layers that hold them, and so it fails where these are
+    quantized (torch.ao's weights are methods) and passes over what hooks and parametrizations do.
+    """
+    import torch
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _candidate(graph: ModelProto, quantization: SourceQuantization | None) -> Runner:

@@ -111,9 +111,7 @@ def _with_outputs(graph: ModelProto, tensors: Sequence[str]) -> Runner:
     return Runner(model.SerializeToString(), is_optimized=False)
 
 
-def _add(
-    total: _Sums, name: str, expected: NDArray[Any], actual: NDArray[Any], names: tuple[str, str]
-) -> None:
+def _add(total: _Sums, name: str, expected: NDArray[Any], actual: NDArray[Any], names: tuple[str, str]) -> None:
     if expected.shape != actual.shape:
         raise FidelityError(
             f"tensor {name!r} has shape {actual.shape} in {names[1]} and {expected.shape} in {names[0]}; they are not "
@@ -131,9 +129,7 @@ def _add(
     total.error_squares += float(error @ error)
 
 
-def _layers(
-    reference: ModelProto, operators: Mapping[str, str], sums: Mapping[str, _Sums]
-) -> tuple[LayerError, ...]:
+def _layers(reference: ModelProto, operators: Mapping[str, str], sums: Mapping[str, _Sums]) -> tuple[LayerError, ...]:
     nearest: dict[str, frozenset[str]] = {}
     layers = []
     for node in reference.graph.node:

@@ -77,9 +77,7 @@ def _module_call(module: nn.Module, inputs: Sequence[TensorSpec]) -> Callable[[S
     short = float_dtype(module)
 
     def call(tensors: Sequence[Tensor]) -> Any:
-        values = [
-            value.to(short) if short is not None and value.is_floating_point() else value for value in tensors
-        ]
+        values = [value.to(short) if short is not None and value.is_floating_point() else value for value in tensors]
         return module(**dict(zip(names, values, strict=True))) if named.issuperset(names) else module(*values)
 
     return call

@@ -37,8 +37,9 @@ def replay(graph: ModelProto, source: SourceQuantization) -> ModelProto:
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
-        for name in [name for name in node.input if name in source.dynamic]:
-            nodes += _dynamic(model, node, source.dynamic[name])
+        # A recurrent node has two matrices and one input from outside; what it feeds back to itself stays float here.
+        if dynamic := [source.dynamic[name] for name in node.input if name in source.dynamic]:
+            nodes += _dynamic(model, node, dynamic[0])
         nodes.append(node)
         for index, name in enumerate(node.output):
             if name in source.activations:

@@ -131,7 +131,7 @@ def without(table: QuantizationTable, seen: View, floats: Collection[str]) -> Qu
         seen: the graph that it quantizes.
         floats: names of nodes.
     """
-    was_float = {node.name for node in seen.graph.node} - set(table.nodes)
+    was_float = set(quantized_set(seen).nodes) - set(table.nodes)
     chosen = quantized_set(seen, was_float | set(floats))
     weights = {node.input[1] for node in chosen.weighted}
     biases = {bias_of(node, seen) for node in chosen.weighted}

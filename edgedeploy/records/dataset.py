@@ -31,7 +31,8 @@ class DataSet(Record, frozen=True, kw_only=True):
     """The manifest.toml of a calibration or evaluation set.
 
     Attributes:
-        file: an .npz beside the manifest: one array per input name (first axis = sample), `labels` for labels.
+        file: an .npz beside the manifest: one array per input name (first axis = sample), `labels` for labels, or
+            several arrays `labels.NAME`.
         count: samples in the file.
     """
 

@@ -268,6 +268,17 @@ def test_layer_left_in_float_keeps_its_bias_and_strands_what_feeds_only_it(model
     assert not {expand.output[0], depthwise.input[0]} & set(kept.activations)
 
 
+def test_layer_before_an_operator_that_is_never_quantized_stays_quantized(samples, tmp_path):
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    exported = export(Loaded("module", "sigmoid", module), [IMAGE], samples, tmp_path / "e.onnx")
+    table = quantize(exported, samples, ASYMMETRIC)
+    seen = view(read_graph(Path(exported.path)).graph)
+    first, second, third = (node.name for node in seen.graph.node if node.op_type == "Conv")
+    kept = without(table, seen, [third])
+    assert first in kept.nodes
+    assert not {second, third} & set(kept.nodes)
+
+
 def test_float_layers_of_the_policy_stay_float_and_unknown_ones_are_named(model, samples):
     seen = view(read_graph(Path(model.path)).graph)
     last = [node.name for node in seen.graph.node if node.op_type == "Gemm"][-1]

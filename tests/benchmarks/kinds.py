@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.kinds [--write FILE.md] [KIND ...]
 
-The plain exporter is torch.onnx.export(dynamo=True) on the same module. "expanded" says how many times more bytes its file
-stores than edgedeploy's. Errors are the largest of any output element in ratio to the largest output, on 64 samples of
+The plain exporter is torch.onnx.export(dynamo=True) on the same module. "expanded" says how many times more bytes of
+constants its file stores than edgedeploy's. Errors are the largest of any output element in ratio to the largest output, on 64 samples of
 standard normal noise; where activations are quantized, the difference is also counted in steps of an 8-bit output grid.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 
 from edgedeploy import pipeline
 from edgedeploy.errors import EdgedeployError
@@ -29,11 +30,11 @@ HEAD = """\
 # Kinds of compressed models
 
 Made by `python -m tests.benchmarks.kinds --write edgedeploy/KINDS.md`; do not edit. Each kind is made by the real torch
-and torchao calls in `tests/kinds.py`. *Plain* is `torch.onnx.export(dynamo=True)` on the same module: the bytes that it
-stores in ratio to edgedeploy's artifact, or the error it ends with. *Error* is the largest difference from PyTorch in ratio
-to the largest output; *steps* counts it in steps of an 8-bit grid over the output's range.
+and torchao calls in `tests/kinds.py`. *Plain* is `torch.onnx.export(dynamo=True)` on the same module: the bytes of
+constants that it stores in ratio to edgedeploy's artifact, or the error it ends with. *Error* is the largest difference
+from PyTorch in ratio to the largest output; *steps* counts it in steps of an 8-bit grid over the output's range.
 
-| kind | plain exporter | found | built as | kept? | error | steps | bytes |
+| kind | plain exporter | found | built as | kept? | error | steps | bytes of constants |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -61,7 +62,7 @@ def answers(module, feeds):
 
 
 def plain_export(name):
-    """Return the bytes that the plain exporter writes, or its error's type."""
+    """Return the bytes of constants that the plain exporter writes, or its error's type."""
     module = kinds.make(name)
     batch = torch.export.Dim("batch")
     example = tensors_for(module, inputs_of(name, 2))
@@ -71,7 +72,11 @@ def plain_export(name):
         )
     except Exception as error:  # noqa: BLE001 - the table says what it ends with, whatever that is
         return f"fails: {type(error.__cause__ or error).__name__}"
-    return len(program.model_proto.SerializeToString())
+    graph = program.model_proto.graph
+    inner = [
+        item.t for node in graph.node if node.op_type == "Constant" for item in node.attribute if item.name == "value"
+    ]
+    return sum(len(item.raw_data) or numpy_helper.to_array(item).nbytes for item in [*graph.initializer, *inner])
 
 
 def shipped(name, folder):
@@ -120,7 +125,7 @@ def figures(name, folder):
         "statements": [item.artifact for item in statements],
         "max_relative_error": error,
         "output_steps": steps,
-        "bytes": built.artifact.size_bytes,
+        "bytes": built.artifact.compression.initializer_bytes,
         "notes": list(built.artifact.notes),
     }
 

@@ -68,14 +68,15 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """He et al. 2016, table 1; the stride is in the 3x3 convolution, as torchvision has it."""
+    """He et al. 2016, table 1, or a share of its channels; the stride is in the 3x3 convolution, as in torchvision."""
 
-    def __init__(self, classes=1000):
+    def __init__(self, classes=1000, share=1.0):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        stem, *widths = (round(share * width) for width in (64, 64, 128, 256, 512))
+        self.conv1, self.bn1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False), nn.BatchNorm2d(stem)
         self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        channels = 64
-        for number, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), 1):
+        channels = stem
+        for number, (width, count) in enumerate(zip(widths, (3, 4, 6, 3), strict=True), 1):
             blocks = []
             for index in range(count):
                 blocks.append(Bottleneck(channels, width, 2 if index == 0 and number > 1 else 1))
@@ -89,10 +90,10 @@ class ResNet50(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def resnet50():
-    """Return ResNet-50 with random weights, and batch norms that fold into something that is not trivial."""
+def resnet50(share=1.0):
+    """Return ResNet-50 with random weights, a share of its channels, and batch norms that fold into something that is not trivial."""
     torch.manual_seed(0)
-    module = ResNet50().eval()
+    module = ResNet50(share=share).eval()
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.running_mean.uniform_(-0.2, 0.2)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedeploy.errors import ModelError
 from edgedeploy.judge.proportions import exact_mcnemar
 from edgedeploy.prepare.dataset import Samples, load_samples
 from edgedeploy.prepare.emit import emit
@@ -165,9 +166,13 @@ def study(model, calibration, references, folder, *, budgets_db, rules=tuple(RUL
             source = equalized if policy.equalize else model
             begin = time.perf_counter()
             told = []
-            table = quantize(
-                source, calibration, RULES[rules_name], policy, cache=folder / "cache", progress=told.append
-            )
+            try:
+                table = quantize(
+                    source, calibration, RULES[rules_name], policy, cache=folder / "cache", progress=told.append
+                )
+            except ModelError as error:  # a budget that is not met
+                report[f"{rules_name}: {policy_name}"] = str(error)
+                continue
             seconds = time.perf_counter() - begin
             name = f"{rules_name}: {policy_name}"
             form = emit(source, table, RULES[rules_name], calibration, folder / "form.onnx").model
