@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from edgedeploy.documents import closest, line_of, to_builtins
+from edgedeploy.documents import closest, complaint, line_of, to_builtins
 from edgedeploy.errors import DocumentError, UsageError
 from edgedeploy.judge.margin import margin_from_text
-from edgedeploy.records.model import TensorSpec
+from edgedeploy.records.model import DType, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import Release, load_release
 from edgedeploy.records.target import Precision
@@ -62,7 +62,17 @@ def parse_input(text: str) -> TensorSpec:
     try:
         return msgspec.convert({"name": name, "dtype": dtype or "float32", "shape": axes}, TensorSpec)
     except msgspec.ValidationError as error:
-        raise UsageError(f"--input {text}: {error}") from error
+        raise UsageError(f"--input {text}: the type {complaint(error, DType)}") from error
+
+
+def parse_inputs(texts: Sequence[str | TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Parse repeated --input; raises UsageError where one name is given twice."""
+    specs = tuple(one if isinstance(one, TensorSpec) else parse_input(one) for one in texts)
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--input {name} is given {names.count(name)} times; name each input once")
+    return specs
 
 
 def precision_from_text(text: str) -> Precision:
@@ -92,7 +102,8 @@ def policy_from_pairs(pairs: Sequence[str], base: QuantizationPolicy | None = No
         try:
             base = msgspec.convert(values, QuantizationPolicy, strict=False)
         except msgspec.ValidationError as error:
-            raise UsageError(f"-Q {pair} is not valid: {str(error)[0].lower()}{str(error)[1:]}") from error
+            kind = next(field.type for field in msgspec.structs.fields(QuantizationPolicy) if field.encode_name == key)
+            raise UsageError(f"-Q {pair} is not valid: {complaint(error, kind)}") from error
     return checked_policy(base)
 
 

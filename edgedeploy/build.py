@@ -100,16 +100,16 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     key = sha256_bytes(encode_json(recipe))
     folder = cache_dir() / "artifacts" / key
     if not request.rebuild and (stored := _stored(folder, key)):
+        # What the label says is no part of the recipe: it changes no byte, but it may be wrong today.
+        if request.declared not in (None, Declared()):
+            _demand_declared(request, canonical_model(request, progress))
         progress(f"{request.name}: unchanged, taken from the cache ({key[:8]})")
         return Built(stored, folder, is_cached=True)
     if reason := runtime.missing():
         raise BackendMissing(reason)
     with _staging(folder) as work:
         model = canonical_model(request, progress)
-        if request.declared is not None:
-            from edgedeploy.prepare.declared import demand_declared
-
-            demand_declared(request.declared, model.compression, model.kinds, name=request.name)
+        _demand_declared(request, model)
         formed = _formed(request, model, target.quantization.get(runtime.name), work, progress)
         if formed.table:
             write_json(work / QUANTIZATION, formed.table)
@@ -326,6 +326,13 @@ def _samples(request: BuildRequest, inputs: Sequence[TensorSpec]) -> Samples:
         return load_samples(request.calibration, inputs)
     fixed_batches = [spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
     return random_samples(inputs, max(_RANDOM_SAMPLES, *fixed_batches, 1), seed=0)
+
+
+def _demand_declared(request: BuildRequest, model: Model) -> None:
+    if request.declared is not None:
+        from edgedeploy.prepare.declared import demand_declared
+
+        demand_declared(request.declared, model.compression, model.kinds, name=request.name)
 
 
 def _formed(

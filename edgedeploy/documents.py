@@ -97,6 +97,35 @@ def closest(word: str, known: typing.Iterable[str]) -> str:
     return f'; did you mean "{match[0]}"?' if match else ""
 
 
+_INVALID_CHOICE = re.compile(r"Invalid enum value (?P<given>'[^']*'|\S+)")
+
+
+def complaint(error: Exception, kind: Any) -> str:
+    r"""Say what a parser found wrong with a value, without the parser's own notation.
+
+    Args:
+        error: what it raised.
+        kind: the type that the value should have had.
+
+    >>> complaint(ValueError("Invalid enum value 'mze' - at `$.ranges`"), typing.Literal["mse", "entropy"])
+    '\'mze\' is not known; did you mean "mse"? (known: mse, entropy)'
+    """
+    what = _AT.sub("", str(error))
+    choices = [str(one) for one in _choices(kind)]
+    if (match := _INVALID_CHOICE.match(what)) and choices:
+        given = match["given"]
+        likely = closest(given.strip("'"), choices)
+        return f"{given} is not known{likely} (known: {', '.join(choices)})"
+    return what[0].lower() + what[1:].replace("`", "")
+
+
+def _choices(kind: Any) -> list[Any]:
+    """Return the values of a Literal, also of one that may be None."""
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind))
+    return [one for option in _alternatives(kind) if option is not kind for one in _choices(option)]
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows")
 
@@ -164,7 +193,7 @@ def _explain(path: Path, text: str, data: dict[str, Any], record: type[Record], 
     if match := _MISSING.match(what):
         inside = f" under {name}" if name else ""
         return f'missing key "{match["field"]}" in {path}{line}{inside}'
-    return f"{name or 'the document'} in {path}{line}: {what[0].lower()}{what[1:]}"
+    return f"{name or 'the document'} in {path}{line}: {complaint(error, _kind_at(record, where))}"
 
 
 def _steps(message: str) -> list[str | int | None]:
@@ -212,13 +241,17 @@ def _with_only(data: Any, steps: list[str | int], key: str) -> Any:
 
 
 def _fields_at(record: Any, where: Path_) -> list[str]:
-    kind: Any = record
-    for step in where:
-        kind = _step_into(kind, step)
-    for option in _alternatives(kind):
+    for option in _alternatives(_kind_at(record, where)):
         if isinstance(option, type) and issubclass(option, msgspec.Struct):
             return [field.encode_name for field in msgspec.structs.fields(option)]
     return []
+
+
+def _kind_at(record: Any, where: Path_) -> Any:
+    kind: Any = record
+    for step in where:
+        kind = _step_into(kind, step)
+    return kind
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

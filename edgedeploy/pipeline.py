@@ -18,7 +18,7 @@ from edgedeploy.arguments import (
     DEFAULT_MARGINS,
     margins_from_texts,
     model_name,
-    parse_input,
+    parse_inputs,
     policy_from_pairs,
     precision_from_text,
     read_release,
@@ -172,12 +172,17 @@ def compile(
         allow_loss: build even what cannot keep the model's compression; the manifest then says what is lost.
     """
     policy = quantization if isinstance(quantization, QuantizationPolicy) else policy_from_pairs(quantization)
+    if quantization and precision != "int8" and not isinstance(quantization, QuantizationPolicy):
+        raise UsageError(
+            f"-Q {quantization[0]} says how int8 is made, and the precision is {precision}; add --precision int8, or "
+            f"leave it out"
+        )
     request = BuildRequest(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
         weights=weights,
-        inputs=tuple(one if isinstance(one, TensorSpec) else parse_input(one) for one in inputs),
+        inputs=parse_inputs(inputs),
         target=target,
         backend=backend,
         precision=precision_from_text(precision),
@@ -295,7 +300,7 @@ def inspect(
             source=source,
             base=Path.cwd(),
             weights=given,
-            inputs=tuple(parse_input(one) for one in inputs),
+            inputs=parse_inputs(inputs),
             target="host",
             backend="onnxruntime",
             precision="fp32",
@@ -344,7 +349,7 @@ def write_reports(
 
     forms: dict[str, tuple[Path | None, Callable[[], str]]] = {
         "JUnit": (junit, lambda: verdict_junit(outcome.verdict)),
-        "Markdown": (markdown, lambda: verdict_markdown(outcome.verdict, outcome.runs)),
+        "Markdown": (markdown, lambda: verdict_markdown(outcome.verdict, outcome.runs, outcome.artifacts)),
         "report": (html, lambda: report_html(outcome.verdict, outcome.runs, outcome.artifacts)),
     }
     for label, (path, render) in forms.items():
@@ -496,6 +501,17 @@ def _stored_pair(store: Results, candidate: str, baseline: str | None) -> Pair:
     return StoredRun(str(baseline_file), load_run(baseline_file)), StoredRun(str(candidate_file), candidate_run)
 
 
+def _lost(cell: CellVerdict, artifacts: Mapping[str, Artifact]) -> list[str]:
+    """Say which compression a cell's artifacts have lost: a verdict on them should not be read without it."""
+    return [
+        f"{name} {note}"
+        for name in (cell.baseline_cell, cell.cell)
+        if (artifact := artifacts.get(name)) is not None
+        for note in artifact.notes
+        if note.startswith("lost: ")
+    ]
+
+
 def _judged(
     name: str,
     pairs: Sequence[Pair],
@@ -508,7 +524,12 @@ def _judged(
 
     verdict = judge_gate(name, [(old.run, new.run) for old, new in pairs], policy, judged_utc=utc_now())
     cells = tuple(
-        msgspec.structs.replace(cell, baseline_run=old.file, candidate_run=new.file, notes=(*notes, *cell.notes))
+        msgspec.structs.replace(
+            cell,
+            baseline_run=old.file,
+            candidate_run=new.file,
+            notes=(*notes, *_lost(cell, artifacts), *cell.notes),
+        )
         for cell, (old, new) in zip(verdict.cells, pairs, strict=True)
     )
     runs = {stored.file: stored.run for pair in pairs for stored in pair}

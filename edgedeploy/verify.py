@@ -199,7 +199,9 @@ def _forms(request: VerifyRequest, built: Built | None, progress: Progress) -> t
     """Return the canonical model, its forms, the source first, and what a reader should know about them."""
     notes: list[str] = []
     if built is None and ":" not in request.subject and not Path(request.subject).is_file():
-        raise UsageError(f"{request.subject} does not exist; give an artifact's folder, a .onnx, a .pt2 or package:factory")
+        raise UsageError(
+            f"{request.subject} does not exist; give an artifact's folder, a .onnx, a .pt2 or package.module:factory"
+        )
     if built is None and request.model:
         raise UsageError(f"--model names the source of an artifact, and {request.subject} is a model itself; drop it")
     if built is not None:

@@ -105,6 +105,9 @@ def run(arguments: list[str]) -> int:
         return _complain(error.format_message(), "UsageError", 2, arguments)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted; the device was released", "Interrupted", 130, arguments)
+    except SystemExit as error:
+        text = f"the model's own code ended the program (sys.exit: {error.code}); take that call out of what it imports"
+        return _complain(text, "ModelError", EdgedeployError.exit_code, arguments)
     except BrokenPipeError:
         # The reader of our stdout left (| head); writing more, even at exit, would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -91,6 +91,9 @@ def configure_logging() -> None:
     if level not in logging.getLevelNamesMapping():
         raise UsageError(f"EDGEDEPLOY_LOG={level.lower()} is not a log level; use debug, info, warning or error")
     logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    # What libraries miss on this machine (torchao: Triton, CUDA) says nothing about the model.
+    for name in ("torchao", "onnxscript", "onnxslim"):
+        logging.getLogger(name).setLevel(logging.ERROR if level == "WARNING" else logging.NOTSET)
 
 
 def parse_pairs(pairs: tuple[str, ...]) -> dict[str, OptionValue]:

@@ -6,7 +6,7 @@ soon as it is used: memory does not grow with the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+# Images of 224 x 224 through EfficientNet-Lite0, 8 at a time, took 580 MB beyond the images themselves.
+_ROWS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Extremes:
@@ -36,6 +39,21 @@ class Extremes:
     low: float
     high: float
     values: int
+
+
+def small_batches(samples: Samples, model: Model) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield all samples, few at a time: ONNX Runtime keeps the memory of all tensors that a batch ever needed at once.
+
+    Args:
+        samples: real inputs.
+        model: one with a fixed batch gets whole ones.
+    """
+    is_fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in model.inputs)
+    for batch in samples.batches(model.inputs):
+        rows = len(next(iter(batch.values())))
+        size = rows if is_fixed else _ROWS
+        for start in range(0, rows, size):
+            yield {name: values[start : start + size] for name, values in batch.items()}
 
 
 def extremes(
@@ -58,7 +76,7 @@ def extremes(
     runner = Runner(graph.SerializeToString())
     seen: dict[str, Extremes] = {}
     done = 0
-    for batch in samples.batches(model.inputs):
+    for batch in small_batches(samples, model):
         rows = len(next(iter(batch.values())))
         answer = runner(batch)
         for tensor in tensors:
@@ -96,7 +114,7 @@ def mean_errors(
     runner = Runner(graph.SerializeToString())
     totals: dict[str, NDArray[np.float64]] = {}
     done = 0
-    for batch in samples.batches(model.inputs):
+    for batch in small_batches(samples, model):
         rows = len(next(iter(batch.values())))
         for output, mean in runner(batch).items():
             name = output.removesuffix(_MEAN_LOST)

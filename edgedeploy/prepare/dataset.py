@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,8 @@ def load_samples(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
     """
     if path.is_dir():
         manifest = path / "manifest.toml"
+        if not manifest.is_file():
+            raise DocumentError(f"the folder {path} has no manifest.toml; give a folder that has one, or an .npz")
         dataset = read_toml(manifest, DataSet, FORMAT)
         file = path / dataset.file
         if file.resolve().parent != path.resolve():
@@ -174,11 +177,11 @@ def _read_npz(file: Path) -> dict[str, Array]:
     except DocumentError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each raise half a dozen classes on a damaged file
-        if "allow_pickle" in str(error):
+        if "allow_pickle" in str(error) and zipfile.is_zipfile(file):
             raise DocumentError(
                 f"{file} holds Python objects, which can only be read by unpickling; save plain arrays"
             ) from error
-        raise DocumentError(f"{file} cannot be read as .npz (truncated or damaged?): {error}") from error
+        raise DocumentError(f"{file} cannot be read as .npz (truncated or damaged?); write or copy it again") from error
     for key, array in arrays.items():
         if array.ndim == 0:
             raise DocumentError(f'array "{key}" in {file} is a single number; its first axis must be the sample')

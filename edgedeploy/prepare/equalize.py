@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import FidelityError
-from edgedeploy.prepare.calibrate import bare
+from edgedeploy.prepare.calibrate import bare, small_batches
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
@@ -190,7 +190,7 @@ def _peaks(model: Model, samples: Samples, tensors: list[str], progress: Progres
     runner = Runner(graph.SerializeToString())
     peaks = {tensor: np.zeros(1) for tensor in tensors}
     done = 0
-    for batch in samples.batches(model.inputs):
+    for batch in small_batches(samples, model):
         for name, values in runner(batch).items():
             tensor = name.removesuffix("/peaks")
             peaks[tensor] = np.maximum(peaks[tensor], values.astype(np.float64))

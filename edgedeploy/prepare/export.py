@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.lower import lower_module, lower_program
 from edgedeploy.prepare.lower.half_floats import float_dtype
 from edgedeploy.prepare.markers import translations
+from edgedeploy.prepare.plain_torch import plain_attention, plain_torch
 from edgedeploy.prepare.recognize import found_in_onnx
 from edgedeploy.prepare.replay import replay
 from edgedeploy.prepare.silence import silenced
@@ -53,6 +54,8 @@ _MAX_RELATIVE_SHORT = {"float16": 1e-2, "bfloat16": 5e-2, "autocast": 5e-2}
 _MIN_SQNR_DB = 25.0
 # Enough to meet every branch that data can choose between; more costs minutes on large models.
 FIDELITY_SAMPLES = 128
+# From which likeness on (of 1) a name that forward does not have is taken for a misspelt one.
+_ALMOST = 0.8
 _SHORT_FLOATS: dict[str, Literal["float16", "bfloat16"]] = {"float16": "float16", "bfloat16": "bfloat16"}
 
 
@@ -74,7 +77,7 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
         return _export_onnx(loaded, inputs, samples, out)
     import torch
 
-    with torch.no_grad(), _plain_attention(), silenced("export"):
+    with torch.no_grad(), plain_attention(), silenced("export"):
         traced = _trace_module(loaded, inputs, samples) if loaded.kind == "module" else _adopt(loaded, inputs, samples)
         program, more = lower_program(traced.program)
         found = (*traced.found, *more)
@@ -85,7 +88,7 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
             weights = short_float_weights(graph, storage) | own.weights
             quantization = msgspec.structs.replace(own, weights=weights)
     write_graph(graph, out)
-    with torch.no_grad(), _plain_attention(), silenced("comparison with PyTorch"):
+    with torch.no_grad(), plain_attention(), silenced("comparison with PyTorch"):
         fidelity = compare(
             traced.reference,
             _candidate(graph, quantization),
@@ -95,23 +98,6 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
         )
     _demand_faithful(loaded, fidelity, found, quantization)
     return _model(loaded, out, traced.inputs, fidelity, found, quantization)
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Switch off torch's fused kernel for transformer layers.
-
-    It reads weights as plain tensors, past the forward of the layers that hold them, and so it fails where these are
-    quantized (torch.ao's weights are methods) and passes over what hooks and parametrizations do.
-    """
-    import torch
-
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _candidate(graph: ModelProto, quantization: SourceQuantization | None) -> Runner:
@@ -168,7 +154,8 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
         ordered = [tensors[name] for name in names]
         if short is not None:
             ordered = [value.to(short) if value.is_floating_point() else value for value in ordered]
-        return module(**dict(zip(names, ordered, strict=True))) if by_name else module(*ordered)
+        with plain_torch():
+            return module(**dict(zip(names, ordered, strict=True))) if by_name else module(*ordered)
 
     try:
         answer = call(example)
@@ -188,10 +175,7 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
             dynamic_shapes=dict(zip(names, axes, strict=True)) if by_name else tuple(axes),
         )
     except Exception as error:  # torch.export raises whatever it meets in the person's code
-        raise ModelError(
-            f"{loaded.source} cannot be exported: {type(error).__name__}: {_beginning(error)}; where an axis is at "
-            f"fault, give it a number instead of a name"
-        ) from error
+        raise ModelError(f"{loaded.source} cannot be exported: {_export_complaint(error)}") from error
 
     _demand_named_axes(loaded, program, inputs)
 
@@ -228,6 +212,28 @@ def _copy(loaded: Loaded, module: nn.Module) -> nn.Module:
             f"{loaded.source} cannot be copied, which lowering needs: {type(error).__name__}: {_beginning(error)}; "
             f"keep what is no part of the network out of the module"
         ) from error
+
+
+_FIXED_AXIS = re.compile(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)")
+_AT_LINE = re.compile(r"Caused by: \((\S+:\d+) in \w+\)")
+
+
+def _export_complaint(error: Exception) -> str:
+    """Say what torch.export stumbled over, and what to do: its own texts go on for pages about its inside."""
+    text = str(error)
+    if "data-dependent" in text:
+        where = _AT_LINE.search(text)
+        at = f" at {where[1]}" if where and "torch" not in where[1] and "_export" not in where[1] else ""
+        return (
+            f"its forward decides by the values in a tensor (if, while, .item(), int(...)){at}, and a graph has no "
+            f"such decisions; compute both ways and choose by torch.where, or use torch.cond"
+        )
+    if fixed := _FIXED_AXIS.search(text):
+        return (
+            f"its forward fixes the axis {fixed[1]!r} to {fixed[2]}; give that axis the number {fixed[2]} instead of a "
+            f"name, or reshape by -1"
+        )
+    return f"{type(error).__name__}: {_beginning(error)}; where an axis is at fault, give it a number instead of a name"
 
 
 def _demand_named_axes(loaded: Loaded, program: ExportedProgram, inputs: Sequence[TensorSpec]) -> None:
@@ -280,6 +286,15 @@ def _in_forward_order(module: nn.Module, given: Sequence[TensorSpec]) -> tuple[t
     by_name = {spec.name: spec for spec in given}
     if all(name in order for name in by_name):
         return tuple(by_name[name] for name in order if name in by_name), True
+    # Where no name is forward's, the order counts; a mixture, or a name that is almost one, is a slip.
+    unknown = [name for name in by_name if name not in order]
+    slips = [name for name in unknown if difflib.get_close_matches(name, order, n=1, cutoff=_ALMOST)]
+    if slips or len(unknown) < len(by_name):
+        odd = (slips or unknown)[0]
+        raise UsageError(
+            f"forward has no argument {odd!r}{closest(odd, order)} (it has: {', '.join(order)}); name inputs as "
+            f"forward does"
+        )
     return tuple(given), False
 
 
@@ -305,6 +320,10 @@ def _output_names(loaded: Loaded, answer: Any) -> tuple[str, ...]:
         if not isinstance(leaf, torch.Tensor):
             raise ModelError(
                 f"{loaded.source} returns a {type(leaf).__name__} beside tensors; return tensors only (wrap the model)"
+            )
+        if leaf.is_complex():
+            raise ModelError(
+                f"{loaded.source} returns complex numbers, which no runtime takes; return torch.view_as_real of them"
             )
         steps = [str(getattr(step, "key", getattr(step, "name", getattr(step, "idx", "")))) for step in path]
         name = "_".join(steps) or "output"
@@ -435,7 +454,11 @@ def _export_onnx(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Sa
     if given:
         inputs = _agreed(loaded, declared, given)
         if [spec.name for spec in inputs] != [spec.name for spec in declared]:
-            raise UsageError(f"{loaded.source} has the inputs {_names(declared)}, and {_names(given)} were given")
+            odd = next((spec.name for spec in inputs if spec.name not in {own.name for own in declared}), "")
+            raise UsageError(
+                f"{loaded.source} has the inputs {_names(declared)}, and {_names(given)} were given"
+                f"{closest(odd, [spec.name for spec in declared])}"
+            )
     for value, spec in zip(graph.graph.input, inputs, strict=True):
         for size, wanted in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
             if isinstance(wanted, str):

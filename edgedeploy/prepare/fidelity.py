@@ -46,6 +46,8 @@ def compare(
         samples += len(next(iter(batch.values())))
     if not samples:
         raise FidelityError(f"{names[1]} cannot be compared with {names[0]}: there are no samples")
+    for total in sums.values():
+        total.demand_numbers(sample_source)
     return Fidelity(
         reference=names[0],
         candidate=names[1],
@@ -67,8 +69,19 @@ class _Sums:
     reference_squares: float = 0.0
     candidate_squares: float = 0.0
     error_squares: float = 0.0
+    is_empty: bool = True
+    numbers: int = 0
     rows: int = 0
     equal_rows: int = 0
+
+    def demand_numbers(self, sample_source: str) -> None:
+        """Refuse an output that is NaN or infinite throughout: any two such outputs would agree."""
+        if not self.numbers and not self.is_empty:
+            raise FidelityError(
+                f"output {self.output!r} of {self.names[0]} is nothing but NaN or infinity on the samples of "
+                f"{sample_source}, so nothing can be compared; look for a division by zero or a logarithm of what is "
+                f"not positive, or give --calibration with real samples"
+            )
 
     def add(self, reference: NDArray[Any], candidate: NDArray[Any]) -> None:
         if reference.shape != candidate.shape:
@@ -78,6 +91,7 @@ class _Sums:
             )
         if reference.size == 0:
             return
+        self.is_empty = False
         if reference.ndim >= 2 and reference.shape[-1] > 1:
             self.rows += math.prod(reference.shape[:-1])
             self.equal_rows += int(np.count_nonzero(reference.argmax(-1) == candidate.argmax(-1)))
@@ -91,6 +105,7 @@ class _Sums:
                 f"or the other way round; the conversion broke the model"
             )
         expected, actual = expected[usable], actual[usable]
+        self.numbers += expected.size
         if expected.size == 0:
             return
         error = actual - expected

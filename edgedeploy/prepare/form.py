@@ -14,6 +14,13 @@ from edgedeploy.records.target import Precision, QuantizationRules
 
 Progress = Callable[[str], None]
 
+# How `quantize` begins what looks wrong about the samples.
+_NOTE = "note: "
+_UNUSED_POLICY = (
+    "the model carries its own quantization, whose numbers win: what -Q or [quantization] says about calibration was "
+    "not used"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Formed:
@@ -73,11 +80,14 @@ def form(
 
             progress("taking over the quantization that the model carries")
             table, samples = inherited_table(model, rules), checks()
+            heard = [] if policy == QuantizationPolicy() else [_UNUSED_POLICY]
         else:
-            table, samples, model = _quantized(model, calibration(), rules, policy, folder, cache, progress)
+            heard = []
+            tell = _listening(progress, heard)
+            table, samples, model = _quantized(model, calibration(), rules, policy, folder, cache, tell)
         progress("emitting the int8 form and comparing it with fp32")
         emitted = emit(model, table, rules, samples, folder / "quantized.onnx", allow_change=allow_loss)
-        return Formed(emitted.model, table, emitted.notes)
+        return Formed(emitted.model, table, (*heard, *emitted.notes))
     lost = _lost(model, precision)
     if lost and not allow_loss:
         advice = "build it as int8" if source is not None and _has_codes(source) else "build it as fp16"
@@ -88,6 +98,17 @@ def form(
         shortened = shorten(model, "bfloat16" if is_brain else "float16", folder / "short.onnx", checks())
         return Formed(shortened.model, None, (*notes, *shortened.notes))
     return Formed(model, None, tuple(notes))
+
+
+def _listening(progress: Progress, heard: list[str]) -> Progress:
+    """Return `progress` that also keeps what is said about the samples: the artifact is read after the terminal."""
+
+    def tell(text: str) -> None:
+        if text.startswith(_NOTE):
+            heard.append(text.removeprefix(_NOTE))
+        progress(text)
+
+    return tell
 
 
 def _quantized(

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgedeploy.errors import ModelError
+from edgedeploy.errors import ModelError, UsageError
 from edgedeploy.storage import sha256_bytes, sha256_file
 
 
@@ -34,12 +34,14 @@ def source_identity(source: str, base: Path) -> str:
         base: folder that relative files and modules are looked up in.
 
     Raises:
-        ModelError: the module or file does not exist.
+        UsageError: the file does not exist.
+        ModelError: the module does not exist.
     """
     if ":" not in source:
         path = base / source
         if not path.is_file():
-            raise ModelError(f"the model file {path} does not exist")
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise UsageError(f"the model file {path} {what}; give package.module:factory, a .pt2 or a .onnx file")
         return _file_identity(path)
     module, _, factory = source.partition(":")
     parts = [factory]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from edgedeploy.errors import ModelError
 from edgedeploy.prepare.graph import View, read_graph, view
 from edgedeploy.prepare.grid import activation_grid
+from edgedeploy.prepare.quantized_set import MOVES
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import ActivationRange, Grid, QuantizationTable, SourceQuantization
 from edgedeploy.records.target import QuantizationRules
@@ -18,11 +21,14 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operators whose outputs hold values of their first input and no others.
+_MOVES = (*MOVES, "Identity", "Slice", "Split", "Gather", "Expand")
 
 
 def inherited_table(model: Model, rules: QuantizationRules) -> QuantizationTable:
     """Return the table of a model that carries its own quantization, without calibration.
 
+    What is a rearrangement of a quantized tensor has its grid, as it has in the source, where integers are moved.
     A node is quantized when all that it reads and that is no parameter of it was quantized in the source: a
     convolution or product its input and its weights (or both factors), any other node all of its float inputs. What is
     left out are the operators that the rules exclude. Weights of all other nodes stay in the table: they are stored as
@@ -36,6 +42,7 @@ def inherited_table(model: Model, rules: QuantizationRules) -> QuantizationTable
     if source is None or not (source.activations or source.weights):
         raise ModelError(f"{model.source} carries no quantization of its own; quantize it with calibration samples")
     seen = view(read_graph(Path(model.path)).graph)
+    source = msgspec.structs.replace(source, activations=_with_moved(source.activations, seen))
     nodes = [
         node.name
         for node in seen.graph.node
@@ -52,6 +59,16 @@ def inherited_table(model: Model, rules: QuantizationRules) -> QuantizationTable
         weights=source.weights,
         dynamic=source.dynamic,
     )
+
+
+def _with_moved(activations: Mapping[str, ActivationRange], seen: View) -> dict[str, ActivationRange]:
+    """Return activations with those added that are rearrangements of them."""
+    found = dict(activations)
+    for node in seen.graph.node:
+        if node.op_type in _MOVES and node.input[0] in found:
+            for name in node.output:
+                found.setdefault(name, found[node.input[0]])
+    return found
 
 
 def _was_quantized(node: NodeProto, seen: View, source: SourceQuantization) -> bool:

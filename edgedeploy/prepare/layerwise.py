@@ -66,6 +66,9 @@ def compare_layers(
     made = {name for node in candidate.graph.node for name in node.output if name}
     operators = {name: node.op_type for node in reference.graph.node for name in node.output if name}
     shared = [name for name, operator in operators.items() if name in made and operator != "Constant"]
+    nothing = f"{names[1]} has no inner float tensor of a name that {names[0]} has, so no layer can be compared"
+    if not shared:
+        raise ModelError(nothing)
     runners = [_with_outputs(graph, shared) for graph in (reference, candidate)]
     sums: dict[str, _Sums] = {}
     seen = 0
@@ -76,7 +79,7 @@ def compare_layers(
                 _add(sums.setdefault(name, _Sums()), name, expected[name], actual[name], names)
         seen += len(next(iter(batch.values())))
     if not sums:
-        raise ModelError(f"{names[1]} has no inner tensor of a name that {names[0]} has, so no layer can be compared")
+        raise ModelError(nothing)
     layers = _layers(reference, operators, sums)
     worst = max(layers, key=lambda layer: layer.drop_db)  # the first of equals
     return LayerComparison(

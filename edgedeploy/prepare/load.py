@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pickle
+import re
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from edgedeploy.prepare.silence import silenced
 from edgedeploy.storage import sha256_file
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from onnx import ModelProto
     from torch import Tensor, nn
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 _LISTED = 10
 # What training scripts wrap a state_dict in.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+# What torch says of the first thing in a file that is no tensor.
+_PICKLED_NAME = re.compile(r"GLOBAL ([\w.]+)")
 _PICKLE_WHY = "unpickling runs whatever code the file carries"
 
 
@@ -58,25 +63,31 @@ def load(source: str, weights: Path | None, *, base: Path, trust_pickle: bool = 
         trust_pickle: read files that can only be read by unpickling, which runs code that they carry.
 
     Raises:
-        UsageError: the source is of no known kind, or weights are given for one that carries its own.
-        ModelError: what is named does not exist, fails or is damaged.
+        UsageError: the source is of no known kind or no file, or weights are given for one that carries its own.
+        ModelError: what is named fails, is damaged, or has weights that are no numbers.
         UntrustedPickle: a file needs unpickling and `trust_pickle` is False.
         WeightsMismatch: the weights do not fit.
     """
     path = base / source
     if path.suffix in (".pt2", ".onnx", ".pt", ".pth"):
         if not path.is_file():
-            raise ModelError(f"the model file {path} does not exist; check the path")
+            raise UsageError(f"the model file {path} does not exist; check the path")
         if weights is not None:
             raise UsageError(f"{source} carries its own weights; leave out {weights} or name a Python factory instead")
         if path.suffix == ".onnx":
-            return Loaded("onnx", source, _onnx_from(path))
+            graph = _onnx_from(path)
+            _demand_numbers(source, _float_constants(graph))
+            return Loaded("onnx", source, graph)
         _need_torch()
         if path.suffix == ".pt2":
             from edgedeploy.prepare.archive import load_archive
 
-            return Loaded("exported", source, load_archive(path, trust_pickle=trust_pickle))
-        return Loaded("module", source, _module_from_pickle(path, trust_pickle=trust_pickle))
+            program = load_archive(path, trust_pickle=trust_pickle)
+            _demand_numbers(source, _float_tensors(program.state_dict))
+            return Loaded("exported", source, program)
+        module = _module_from_pickle(path, trust_pickle=trust_pickle)
+        _demand_numbers(source, _float_tensors(module.state_dict()))
+        return Loaded("module", source, module)
     if ":" not in source:
         raise UsageError(
             f"{source!r} is no model that edgedeploy knows; give package.module:factory, a .pt2 or a .onnx file"
@@ -86,6 +97,7 @@ def load(source: str, weights: Path | None, *, base: Path, trust_pickle: bool = 
     digest = ""
     if weights is not None:
         digest = _fill(module, weights, trust_pickle=trust_pickle)
+    _demand_numbers(str(weights or source), _float_tensors(module.state_dict()))
     return Loaded("module", source, _evaluated(module), digest)
 
 
@@ -146,14 +158,14 @@ def _module_from_reference(source: str, base: Path) -> nn.Module:
         if not isinstance(found, nn.Module):
             if not callable(found):
                 raise ModelError(
-                    f"{source} is a {type(found).__name__}; it must be a function that returns an nn.Module"
+                    f"{source} is of type {type(found).__name__}; it must be a function that returns an nn.Module"
                 )
             try:
                 found = found()
             except Exception as error:  # the person's factory may fail in any way
                 raise ModelError(f"calling {source} failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, nn.Module):
-        raise ModelError(f"{source} returned a {type(found).__name__}; it must return a torch.nn.Module")
+        raise ModelError(f"{source} returned a value of type {type(found).__name__}; it must return a torch.nn.Module")
     return found
 
 
@@ -179,7 +191,7 @@ def _module_from_pickle(path: Path, *, trust_pickle: bool) -> nn.Module:
 
 def _fill(module: nn.Module, path: Path, *, trust_pickle: bool) -> str:
     if not path.is_file():
-        raise ModelError(f"the weights file {path} does not exist; check the path")
+        raise UsageError(f"the weights file {path} does not exist; check the path")
     state = _state_from(path, trust_pickle=trust_pickle)
     expected = module.state_dict()
     # How many batches training saw changes nothing in evaluation, and many files leave it out.
@@ -215,10 +227,15 @@ def _state_from(path: Path, *, trust_pickle: bool) -> Mapping[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not (zipfile.is_zipfile(path) or _begins_as_pickle(path)):
+            raise ModelError(
+                f"{path} cannot be read as weights (truncated or damaged?); save module.state_dict() by safetensors"
+            ) from error
         if not trust_pickle:
+            held = _PICKLED_NAME.search(str(error))
             raise UntrustedPickle(
-                f"{path} holds more than tensors, and {_PICKLE_WHY}; save module.state_dict() by safetensors, or pass "
-                f"--trust-pickle if you made the file yourself ({_first_line(error)})"
+                f"{path} holds more than tensors{f' ({held[1]})' if held else ''}, and {_PICKLE_WHY}; save "
+                f"module.state_dict() by safetensors, or pass --trust-pickle if you made the file yourself"
             ) from error
         try:
             found = torch.load(path, map_location="cpu", weights_only=False)
@@ -227,6 +244,11 @@ def _state_from(path: Path, *, trust_pickle: bool) -> Mapping[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be read as weights (truncated or damaged?): {_first_line(error)}") from error
     return _unwrapped(path, found)
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(1) == b"\x80"
 
 
 def _unwrapped(path: Path, found: Any) -> Mapping[str, Tensor]:
@@ -258,7 +280,9 @@ def _onnx_from(path: Path) -> ModelProto:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be read as ONNX (truncated or damaged?): {error}") from error
+        raise ModelError(
+            f"{path} cannot be read as ONNX (truncated or damaged?): {error}; export or copy it again"
+        ) from error
     folder = path.resolve().parent
     for tensor in _tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -274,6 +298,35 @@ def _onnx_from(path: Path) -> ModelProto:
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
     return model
+
+
+def _demand_numbers(source: str, weights: Iterator[tuple[str, NDArray[Any]]]) -> None:
+    """Refuse NaN: every comparison with it is false, so that no later check would see what it spoils."""
+    import numpy as np
+
+    for name, values in weights:
+        if broken := int(np.count_nonzero(np.isnan(values))):
+            raise ModelError(
+                f"{source} holds NaN in {name!r} ({broken:,} of {values.size:,} values), so its answers are no "
+                f"numbers; take the weights of a training step before it diverged"
+            )
+
+
+def _float_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
+    import torch
+
+    for name, value in state.items():
+        # Subclasses keep codes and scales, which are looked at as what they stand for when they are lowered.
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_floating_point():
+            yield name, value.detach().float().numpy()
+
+
+def _float_constants(model: ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
+    from onnx import TensorProto, numpy_helper
+
+    for tensor in _tensors_of(model):
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
+            yield tensor.name, numpy_helper.to_array(tensor)
 
 
 def _tensors_of(model: ModelProto) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from edgedeploy.errors import ModelError
 from edgedeploy.prepare.graph import Runner, stamp_oldest
 from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.lower.half_floats import float_dtype
+from edgedeploy.prepare.plain_torch import plain_torch
 from edgedeploy.prepare.silence import silenced
 from edgedeploy.records.model import Model, TensorSpec
 
@@ -27,7 +28,7 @@ def source_run(loaded: Loaded, model: Model) -> Run:
     """Return a function from named inputs to named outputs, computed by PyTorch, or ONNX Runtime for a .onnx.
 
     Args:
-        loaded: what `load` returned for the source of `model`; its modules are run, not changed.
+        loaded: what `load` returned for the source of `model`; its modules are run, their observers switched off.
         model: the canonical form of the same source: its order of inputs and outputs is that of the source.
 
     Raises:
@@ -43,7 +44,7 @@ def source_run(loaded: Loaded, model: Model) -> Run:
 
         tensors = [torch.from_numpy(np.ascontiguousarray(batch[spec.name])) for spec in model.inputs]
         try:
-            with torch.no_grad(), silenced(loaded.source):
+            with torch.no_grad(), plain_torch(), silenced(loaded.source):
                 answer = call(tensors)
         except Exception as error:  # the person's forward may fail in any way
             raise ModelError(
@@ -60,6 +61,16 @@ def source_run(loaded: Loaded, model: Model) -> Run:
     return run
 
 
+def stop_observers(module: nn.Module) -> None:
+    """Keep trained ranges as they are: fake quantization goes on observing, and moves its grid, in evaluation mode."""
+    import torch
+
+    for part in module.modules():
+        flag = getattr(part, "observer_enabled", None)
+        if isinstance(flag, torch.Tensor):
+            flag.zero_()
+
+
 def _onnx_run(loaded: Loaded, model: Model) -> Run:
     import onnx
 
@@ -71,6 +82,7 @@ def _onnx_run(loaded: Loaded, model: Model) -> Run:
 
 
 def _module_call(module: nn.Module, inputs: Sequence[TensorSpec]) -> Callable[[Sequence[Tensor]], Any]:
+    stop_observers(module)
     parameters = inspect.signature(module.forward).parameters
     named = {name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
     names = [spec.name for spec in inputs]

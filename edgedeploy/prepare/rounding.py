@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.calibrate import bare
+from edgedeploy.prepare.calibrate import bare, small_batches
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.graph import Runner, View, attributes
 from edgedeploy.prepare.grid import largest_weight, rounding_text, spread
@@ -81,7 +81,7 @@ def input_moments(
             _add_moments(graph.graph, node, _parts_of(node, seen))
         runner = Runner(graph.SerializeToString())
         sums: dict[str, Any] = {}
-        for batch in some.batches(model.inputs):
+        for batch in small_batches(some, model):
             for name, value in runner(batch).items():
                 sums[name] = sums.get(name, 0) + value.astype(np.float64)
         for node in turn:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.calibrate import Extremes, bare, extremes
+from edgedeploy.prepare.calibrate import Extremes, bare, extremes, small_batches
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.graph import Runner
 from edgedeploy.records.model import Model
@@ -32,7 +32,7 @@ BINS = 2048
 _MOST_VALUES = 4_000_000
 _VALUES_OF_A_SAMPLE = (1024, 16384)
 # Part of the cache key: another number whenever statistics are made in another way.
-_VERSION = 1
+_VERSION = 2
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _histograms(
     counts = {tensor: np.zeros(BINS, np.int64) for tensor in ends}
     zeros = dict.fromkeys(ends, 0)
     done = 0
-    for batch in samples.batches(model.inputs):
+    for batch in small_batches(samples, model):
         answer = runner(batch)
         for tensor, end in ends.items():
             more, none = histogram(answer[f"{tensor}/thinned"], end.low, end.high)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.compression import CompressionReport, KindStatement, LayerCompression, Numbers
+from edgedeploy.records.survival import Fate, SurvivalReport
 from edgedeploy.render.figures import NOT_AVAILABLE, count
 from edgedeploy.units import format_bytes
 
 Facts = list[tuple[str, str]]
 
+# Of nodes that are named in one line.
+_MOST_NAMED = 4
 # Where nobody asked for all layers, this many are shown: the table then ends on the screen that it began on.
 _MOST_ROWS = 20
 # A module path of this length stays on one line; a longer one may take two.
@@ -48,15 +52,50 @@ def compression_facts(report: CompressionReport) -> Facts:
     return facts
 
 
+def precision_facts(artifact: Artifact) -> Facts:
+    """Return what an artifact's runtime computes on integers and what in float, and what became of trained scales."""
+    layers = artifact.layers
+    facts: Facts = []
+    if layers.quantized:
+        operators = Counter(label.partition(" ")[0] for label in layers.quantized)
+        kinds = ", ".join(f"{number} {operator}" for operator, number in operators.items())
+        facts.append(("on integers", f"{count(len(layers.quantized), 'node')}: {kinds}"))
+    if layers.float_islands:
+        facts.append(("in float", f"{count(len(layers.float_islands), 'node')}: {_first(layers.float_islands)}"))
+    elif layers.quantized:
+        facts.append(("in float", "nothing"))
+    else:
+        facts.append(("layers", "all in float"))
+    if layers.expanded:
+        facts.append(("widened", f"{count(len(layers.expanded), 'weight tensor')} by the runtime to float32"))
+    if artifact.survival is not None and artifact.survival.entries:
+        facts.append(("scales", survival_text(artifact.survival)))
+    return facts
+
+
+def survival_text(report: SurvivalReport) -> str:
+    """Return what became of the scales that a source came with: each one's worst fate over all stages."""
+    order: tuple[Fate, ...] = ("kept", "folded", "re-scaled", "dropped")
+    worst = Counter(max(entry.stages.values(), key=order.index, default="kept") for entry in report.entries)
+    fates = ", ".join(f"{worst[fate]} {fate}" for fate in order if worst[fate])
+    largest = f" (by {report.largest_relative_change:.2g} at most)" if report.largest_relative_change else ""
+    return f"{fates}{largest}, of {len(report.entries)} that the source came with"
+
+
+def _first(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - _MOST_NAMED} more" if len(labels) > _MOST_NAMED else ""
+    return f"{', '.join(labels[:_MOST_NAMED])}{more}"
+
+
 def statement_heading(one: KindStatement) -> str:
-    """Return which kind a statement is about, and what it was in PyTorch."""
-    detail = f": {one.detail}" if one.detail else ""
-    return f"{one.kind} in {count(one.layers, 'layer')}{detail}"
+    """Return which kind a statement is about."""
+    return f"{one.kind} in {count(one.layers, 'layer')}"
 
 
 def statement_rows(one: KindStatement) -> list[tuple[str, str, str]]:
     """Return (stage, fate, what was counted), and the notes, of one kind."""
-    rows = [("ONNX", str(one.onnx), one.onnx_reason)]
+    rows = [("source", "", one.detail)] if one.detail else []
+    rows.append(("ONNX", str(one.onnx), one.onnx_reason))
     if one.artifact is not None:
         rows.append(("artifact", one.artifact, one.artifact_reason))
     return [*rows, *(("note", "", note) for note in one.notes)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgedeploy.records.artifact import Artifact
-from edgedeploy.records.model import Model
+from edgedeploy.records.model import Model, OutputFidelity
 from edgedeploy.records.run import Conditions, Run, Visit
 from edgedeploy.records.verdict import CellVerdict, Finding, Metric, Verdict
 from edgedeploy.units import format_bytes, format_change, format_duration, format_points
@@ -449,7 +449,20 @@ def _listed(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-FIDELITY_COLUMNS = ("compared with", "output", "max abs", "max relative", "cosine", "SQNR", "same arg-max", "samples")
+OUTPUT_COLUMNS = ("output", "max abs", "max rel", "cosine", "SQNR", "same arg-max")
+FIDELITY_COLUMNS = ("compared with", *OUTPUT_COLUMNS, "samples")
+
+
+def fidelity_cells(output: OutputFidelity) -> tuple[str, ...]:
+    """Return how far one output lies from its reference, under OUTPUT_COLUMNS."""
+    return (
+        output.output,
+        f"{output.max_abs:.3g}",
+        f"{output.max_relative:.3g}",
+        f"{output.cosine:.6f}",
+        "exact" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
+        NOT_AVAILABLE if output.argmax_agreement is None else format_share(output.argmax_agreement),
+    )
 
 
 def fidelity_rows(converted: Artifact | Model) -> list[tuple[str, ...]]:
@@ -457,12 +470,7 @@ def fidelity_rows(converted: Artifact | Model) -> list[tuple[str, ...]]:
     return [
         (
             f"{fidelity.candidate} with {fidelity.reference}",
-            output.output,
-            f"{output.max_abs:.3g}",
-            f"{output.max_relative:.3g}",
-            f"{output.cosine:.6f}",
-            "exact" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB",
-            NOT_AVAILABLE if output.argmax_agreement is None else format_share(output.argmax_agreement),
+            *fidelity_cells(output),
             f"{fidelity.samples} of {fidelity.sample_source}",
         )
         for fidelity in converted.fidelity

@@ -10,6 +10,7 @@ from typing import Any
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.run import Run
 from edgedeploy.records.verdict import CellVerdict, Finding, Verdict
+from edgedeploy.render.compression import precision_facts, statement_heading, statement_rows
 from edgedeploy.render.drawings import HATCH, effect_svg, is_one_session, key_svg, ratios_svg, visit_columns, visits_svg
 from edgedeploy.render.figures import (
     FIDELITY_COLUMNS,
@@ -57,6 +58,7 @@ class _SideView:
     accuracy: str
     recipe: Facts
     fidelity: list[tuple[str, ...]]
+    statements: list[tuple[str, list[tuple[str, str, str]]]]
     notes: tuple[str, ...]
 
 
@@ -165,6 +167,10 @@ def _side_view(side: str, run_id: str, run: Run | None, manifests: Mapping[str, 
         accuracy=accuracy_text(run) if run else NOT_AVAILABLE,
         recipe=[*(_artifact_facts(run) if run else []), *(_manifest_facts(manifest) if manifest else [])],
         fidelity=fidelity_rows(manifest) if manifest else [],
+        statements=[
+            (statement_heading(one), statement_rows(one))
+            for one in (manifest.compression.statements if manifest else ())
+        ],
         notes=manifest.notes if manifest else (),
     )
 
@@ -223,8 +229,7 @@ def _manifest_facts(manifest: Artifact) -> Facts:
         ("… of them not zero", f"{compression.nonzero_parameters:,}"),
         ("multiply-adds", f"{compression.macs:,}" if compression.macs is not None else NOT_AVAILABLE),
         ("operators", ", ".join(f"{number} {name}" for name, number in layers.operators.items()) or NOT_AVAILABLE),
-        ("quantized layers", str(len(layers.quantized))),
-        ("layers left in float", ", ".join(layers.float_islands) or "none"),
+        *precision_facts(manifest),
         ("tools", ", ".join(f"{package} {version}" for package, version in recipe.toolchain.items())),
         ("compiled", manifest.created_utc),
     ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.run import Run
 from edgedeploy.records.verdict import CellVerdict, Verdict
+from edgedeploy.render.compression import statement_heading, statement_rows
 from edgedeploy.render.figures import (
     Row,
     accuracy_metric_of,
@@ -22,20 +24,23 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~!$])")
 _SIGNS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
 
 
-def verdict_markdown(verdict: Verdict, runs: Mapping[str, Run]) -> str:
-    """Return a verdict as Markdown: the decision first, a table a cell, the measuring folded away.
+def verdict_markdown(verdict: Verdict, runs: Mapping[str, Run], artifacts: Mapping[str, Artifact] | None = None) -> str:
+    """Return a verdict as Markdown: the decision first, a table a cell, compression and measuring folded away.
 
     Args:
         verdict: the verdict.
         runs: by run id; a missing run costs only what is said about the measuring.
+        artifacts: manifests, found by their sha256 whatever their keys; a missing one costs what became of its
+            compression.
     """
+    manifests = {artifact.sha256: artifact for artifact in (artifacts or {}).values()}
     lines = [
         f"### {_SIGNS[verdict.decision]} {verdict.decision}: {_escaped(verdict.name)}",
         "",
         _escaped(verdict_sentence(verdict)),
     ]
     for cell in verdict.cells:
-        lines += ["", *_cell_lines(cell, runs)]
+        lines += ["", *_cell_lines(cell, runs), *_compression(cell, runs, manifests)]
     return "\n".join(lines) + "\n"
 
 
@@ -73,6 +78,24 @@ def _folded(cell: CellVerdict, runs: Mapping[str, Run]) -> list[str]:
     for side, name in (("baseline", cell.baseline_run), ("candidate", cell.candidate_run)):
         lines.append(f"- {side} run: {_escaped(name) or 'none'}")
     return [*lines, "", "</details>"]
+
+
+def _compression(cell: CellVerdict, runs: Mapping[str, Run], manifests: Mapping[str, Artifact]) -> list[str]:
+    """Return what became of each side's compression, and the notes on its artifact; nothing where there is neither."""
+    rows: list[tuple[str, str, str, str]] = []
+    notes: list[str] = []
+    for side, run in _sides(runs.get(cell.baseline_run), runs.get(cell.candidate_run)):
+        manifest = manifests.get(run.artifact.sha256)
+        if manifest is None:
+            continue
+        for one in manifest.compression.statements:
+            rows += [(f"{side}: {statement_heading(one)}", *row) for row in statement_rows(one)]
+        notes += [f"- {side}: {_escaped(note)}" for note in manifest.notes]
+    if not rows and not notes:
+        return []
+    table = _table(("compression", "stage", "fate", "what was found"), rows) if rows else []
+    folded = [*table, *([""] if rows and notes else []), *notes]
+    return ["", "<details><summary>What became of the compression</summary>", "", *folded, "", "</details>"]
 
 
 def _sides(baseline: Run | None, candidate: Run | None) -> list[tuple[str, Run]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.compression import CompressionReport
-from edgedeploy.records.model import Model, TensorSpec
+from edgedeploy.records.model import Fidelity, Model, TensorSpec
 from edgedeploy.records.quantization import SourceQuantization
 from edgedeploy.records.run import Run
 from edgedeploy.records.verdict import CellVerdict, Verdict
@@ -18,13 +18,14 @@ from edgedeploy.render.compression import (
     fitting_columns,
     layer_notes,
     layer_rows,
+    precision_facts,
     shown_layers,
     statement_heading,
     statement_rows,
 )
 from edgedeploy.render.figures import (
-    FIDELITY_COLUMNS,
     NOT_AVAILABLE,
+    OUTPUT_COLUMNS,
     P95_MIN_SAMPLES,
     accuracy_metric_of,
     accuracy_text,
@@ -34,7 +35,7 @@ from edgedeploy.render.figures import (
     count,
     device_text,
     drop_reason,
-    fidelity_rows,
+    fidelity_cells,
     finding_text,
     printable,
     run_figures,
@@ -122,7 +123,7 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
         width: columns; None for 100.
         layers: all layers, or none; None: the largest.
     """
-    recipe, precisions = artifact.recipe, artifact.layers
+    recipe = artifact.recipe
     facts = [
         ("file", f"{artifact.file}, {format_bytes(artifact.size_bytes)}"),
         ("sha256", artifact.sha256),
@@ -133,17 +134,18 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
         ("calibration", recipe.calibration or "none"),
         *_tensor_facts(artifact.inputs, artifact.outputs),
         *compression_facts(artifact.compression),
-        ("layers", f"{len(precisions.quantized)} quantized, {len(precisions.float_islands)} left in float"),
+        *precision_facts(artifact),
         ("tools", ", ".join(f"{package} {version}" for package, version in recipe.toolchain.items())),
     ]
 
     def show(console: Console) -> None:
         console.print(_plain(artifact.name), style="bold")
         console.print(_facts(facts))
-        if artifact.fidelity:
-            console.print(_table("Fidelity", FIDELITY_COLUMNS, fidelity_rows(artifact)))
+        _show_fidelity(console, artifact.fidelity)
         _show_statements(console, artifact.compression)
         _show_layers(console, artifact.compression, layers)
+        if artifact.notes:
+            console.print()
         _show_list(console, "Notes", list(artifact.notes))
 
     return _rendered(show, color=color, width=width)
@@ -173,8 +175,7 @@ def inspection_text(record: Model | Artifact, *, color: bool, width: int | None,
     def show(console: Console) -> None:
         console.print(_plain(record.source), style="bold")
         console.print(_facts(facts))
-        if record.fidelity:
-            console.print(_table("Fidelity", FIDELITY_COLUMNS, fidelity_rows(record)))
+        _show_fidelity(console, record.fidelity)
         _show_statements(console, record.compression)
         _show_layers(console, record.compression, layers)
 
@@ -205,6 +206,42 @@ def _show_cell(console: Console, cell: CellVerdict, runs: Mapping[str, Run]) -> 
     took = f" after {format_duration(cell.seconds)}" if cell.seconds is not None else ""
     console.print(_plain(f"{cell.cell}: "), _styled(cell.decision), _plain(took), sep="")
     console.print()
+
+
+def _show_fidelity(console: Console, conversions: Sequence[Fidelity]) -> None:
+    """Show one line for each output of each conversion, below the names of the two forms."""
+    from rich.table import Table
+
+    if not conversions:
+        return
+    sources = dict.fromkeys(f"{one.samples:,} samples of {one.sample_source}" for one in conversions)
+    console.print()
+    console.print(_plain(f"Fidelity on {next(iter(sources))}" if len(sources) == 1 else "Fidelity"), style="bold")
+    rows = [fidelity_cells(output) for one in conversions for output in one.outputs]
+    widths = [max(map(len, column)) for column in zip(OUTPUT_COLUMNS, *rows, strict=True)]
+
+    def grid() -> Table:
+        made = Table.grid(padding=(0, 2))
+        for place, width in enumerate(widths):
+            # Whatever the names of outputs take, the figures stay on one line.
+            made.add_column(
+                overflow="fold", justify="right" if place else "left", min_width=width if place else min(width, _WORD)
+            )
+        return made
+
+    heading = grid()
+    heading.add_row(*(_plain(text if place else f"  {text}") for place, text in enumerate(OUTPUT_COLUMNS)))
+    widths[0] += 2
+    console.print(heading)
+    for one in conversions:
+        on = "" if len(sources) == 1 else f", {one.samples:,} samples of {one.sample_source}"
+        console.print(_plain(f"{one.candidate} with {one.reference}{on}"))
+        figures = grid()
+        for output in one.outputs:
+            figures.add_row(
+                *(_plain(text if place else f"  {text}") for place, text in enumerate(fidelity_cells(output)))
+            )
+        console.print(figures)
 
 
 def _show_statements(console: Console, report: CompressionReport) -> None:
@@ -239,10 +276,14 @@ def _show_layers(console: Console, report: CompressionReport, layers: bool | Non
 
 
 def _show_list(console: Console, title: str, items: Sequence[str]) -> None:
+    from rich.table import Table
+
     if items:
         console.print(_plain(title), style="bold")
+        listed = Table.grid(padding=(0, 1))
         for item in items:
-            console.print(_plain(f"- {item}"))
+            listed.add_row(_plain("-"), _plain(item))
+        console.print(listed)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -54,7 +54,7 @@ def test_factory_is_called_and_put_into_evaluation_mode(capfd):
         ("tiny_nets:HERE", ModelError, "has no 'HERE'"),
         ("tiny_nets:", UsageError, "not package.module:factory"),
         ("nonsense", UsageError, "no model that edgedeploy knows"),
-        ("none.onnx", ModelError, "does not exist"),
+        ("none.onnx", UsageError, "does not exist"),
     ],
 )
 def test_reference_that_leads_nowhere_is_a_sentence(source, error, sentence):

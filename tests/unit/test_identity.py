@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgedeploy.errors import ModelError
+from edgedeploy.errors import ModelError, UsageError
 from edgedeploy.prepare.identity import source_identity
 
 
@@ -34,7 +34,7 @@ def test_identity_depends_on_the_factory(package):
 def test_missing_module_and_file_are_sentences(package):
     with pytest.raises(ModelError, match=r"there is no Python module 'mine_for_identity\.nett'"):
         source_identity("mine_for_identity.nett:make", package)
-    with pytest.raises(ModelError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         source_identity("net.onnx", package)
 
 

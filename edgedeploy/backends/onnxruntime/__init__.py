@@ -57,7 +57,7 @@ _FLOAT_OPERATORS = frozenset({
 _SMALL_TYPES = frozenset({2, 3, 10, 16, 17, 18, 19, 20, 21, 22})
 _FLOAT_TYPES = frozenset({1, 10, 11, 16})
 # How an emitted form names what it stores for a tensor; the runtime appends to it what it rearranges.
-_STORED = re.compile(r"/(stored|integers|packed|float16|bfloat16|float8e4m3fn)(?=$|_)")
+_STORED = re.compile(r"/(stored|quantize|integers|packed|float16|bfloat16|float8e4m3fn)(?=$|_)")
 # What the runtime appends to the name of a node that it replaces.
 _RENAMED = re.compile(r"(_nhwc|_token_\d+)+$")
 _MOVES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Identity"})
