@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import tempfile
@@ -128,7 +129,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             inputs=formed.model.inputs,
             outputs=formed.model.outputs,
             fidelity=formed.model.fidelity,
-            compression=_compression(model, formed, survival),
+            compression=_compression(model, formed, survival, layers),
             layers=layers,
             survival=survival,
             notes=tuple(dict.fromkeys((*(item.note for item in model.kinds if item.note), *formed.notes))),
@@ -269,14 +270,23 @@ class _staging:
             for leftover in self._work.iterdir():
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
-            if self._final.exists():
-                # A damaged or explicitly rebuilt entry; two builders of one recipe write the same bytes.
-                stale = Path(tempfile.mkdtemp(prefix=".stale-", dir=self._final.parent))
-                self._final.rename(stale / "entry")
-                shutil.rmtree(stale)
-            self._work.rename(self._final)
+            self._take_place()
         else:
             shutil.rmtree(self._work, ignore_errors=True)
+
+    def _take_place(self) -> None:
+        """Replace what is there: a damaged or explicitly rebuilt entry, or that of a builder who was faster."""
+        while True:
+            try:
+                self._work.rename(self._final)
+                return
+            except OSError:
+                if not self._final.exists():
+                    raise
+            stale = Path(tempfile.mkdtemp(prefix=".stale-", dir=self._final.parent))
+            with contextlib.suppress(FileNotFoundError):
+                self._final.rename(stale / "entry")
+            shutil.rmtree(stale)
 
 
 def canonical_model(request: BuildRequest, progress: Progress) -> Model:
@@ -373,13 +383,16 @@ def _survival(request: BuildRequest, model: Model, formed: Formed, layers: Layer
     return report
 
 
-def _compression(model: Model, formed: Formed, survival: SurvivalReport | None) -> CompressionReport:
+def _compression(
+    model: Model, formed: Formed, survival: SurvivalReport | None, layers: LayerReport | None
+) -> CompressionReport:
     """Count what the artifact's form consists of, and say what became of each kind of compression on the way."""
     from edgedeploy.prepare.compression import compression_report
     from edgedeploy.prepare.statements import statements
 
     report = compression_report(Path(formed.model.path))
-    made = statements(model.kinds, model.compression, report, _changes(survival))
+    expanded = layers.expanded if layers else ()
+    made = statements(model.kinds, model.compression, report, _changes(survival), expanded)
     return msgspec.structs.replace(report, statements=made)
 
 

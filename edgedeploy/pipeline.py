@@ -504,11 +504,11 @@ def _stored_pair(store: Results, candidate: str, baseline: str | None) -> Pair:
 def _lost(cell: CellVerdict, artifacts: Mapping[str, Artifact]) -> list[str]:
     """Say which compression a cell's artifacts have lost: a verdict on them should not be read without it."""
     return [
-        f"{name} {note}"
+        f"{name} has lost its compression ({one.kind}): {one.artifact_reason}"
         for name in (cell.baseline_cell, cell.cell)
         if (artifact := artifacts.get(name)) is not None
-        for note in artifact.notes
-        if note.startswith("lost: ")
+        for one in artifact.compression.statements
+        if one.artifact == "lost"
     ]
 
 

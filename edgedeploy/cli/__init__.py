@@ -104,32 +104,50 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         return _complain(error.format_message(), "UsageError", 2, arguments)
     except (click.Abort, KeyboardInterrupt):
-        return _complain("interrupted; the device was released", "Interrupted", 130, arguments)
+        return _complain(
+            "interrupted; nothing half-written is left, and the device is released", "Interrupted", 130, arguments
+        )
     except SystemExit as error:
         text = f"the model's own code ended the program (sys.exit: {error.code}); take that call out of what it imports"
         return _complain(text, "ModelError", EdgedeployError.exit_code, arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "edgedeploy").partition(".")[0] == "edgedeploy":
+            return _complain_of_bug(error, arguments)
+        text = (
+            f"the package {error.name} is not installed here; pip install 'edgedeploy[torch,onnxruntime]' brings what "
+            f"building needs, and edgedeploy doctor says what else is missing"
+        )
+        return _complain(text, "BackendMissing", EdgedeployError.exit_code, arguments)
     except BrokenPipeError:
         # The reader of our stdout left (| head); writing more, even at exit, would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f" at {error.filename}" if error.filename else ""
+        # A copy that fails names what it read first and what it wrote second.
+        path = error.filename2 or error.filename
+        where = f" at {path}" if path else ""
         text = f"{error.strerror or error}{where}"
         if error.errno == errno.ENOSPC:
             text += (
-                "; nothing that was there before is lost: free some space, or move the cache (EDGEDEPLOY_CACHE_DIR) or "
-                "the results (--results) to another disk"
+                "; nothing that was there before is lost: free some space, or move the output (-o), the cache "
+                "(EDGEDEPLOY_CACHE_DIR) or the results (--results) to another disk"
             )
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            text += "; nothing that was there before is lost: give a folder that you may write to"
         return _complain(text, "OSError", 3, arguments)
-    except Exception as error:  # the last resort: a bug is reported as one
-        if os.environ.get("EDGEDEPLOY_LOG", "").lower() == "debug":
-            raise
-        text = (
-            f"a bug in edgedeploy: {type(error).__name__}: {error}; please report it with the output of the same "
-            f"command under EDGEDEPLOY_LOG=debug"
-        )
-        return _complain(text, "InternalError", InternalError.exit_code, arguments)
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug is reported as one
+        return _complain_of_bug(error, arguments)
     return result if isinstance(result, int) else 0
+
+
+def _complain_of_bug(error: Exception, arguments: list[str]) -> int:
+    if os.environ.get("EDGEDEPLOY_LOG", "").lower() == "debug":
+        raise error
+    text = (
+        f"a bug in edgedeploy: {type(error).__name__}: {error}; please report it with the output of the same command "
+        f"under EDGEDEPLOY_LOG=debug"
+    )
+    return _complain(text, "InternalError", InternalError.exit_code, arguments)
 
 
 def _complain(text: str, kind: str, code: int, arguments: list[str]) -> int:

@@ -385,7 +385,8 @@ class _Reader(CleanGraph):
     def _keep(self, node: NodeProto, read: str, value: Array, key: tuple[Any, ...]) -> str:
         """Make an initializer of the values that a node gives, once for all nodes that give the same."""
         if (read, key) not in self.stored:
-            is_sole = len(self.seen.consumers.get(read, ())) == 1 and read not in self.names
+            # What a node of the source computes from constants keeps its name until nothing reads it.
+            is_sole = len(self.seen.consumers.get(read, ())) == 1 and not {read} & {*self.names, *self.seen.producers}
             base = read.removesuffix("_quantized") if is_sole else node.output[0]
             free = base == node.output[0] or (base == read and is_sole) or base not in self.taken
             name = base if free and base not in self.made else str(node.output[0])

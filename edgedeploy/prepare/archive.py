@@ -75,6 +75,10 @@ def load_archive(path: Path, *, trust_pickle: bool) -> ExportedProgram:
     _register_operators(path, source)
     try:
         return torch.export.load(source)
+    except ModuleNotFoundError as error:  # a trusted pickle names classes of a library
+        raise BackendMissing(
+            f"{path} needs the module {error.name}, which is not installed here; pip install {error.name}"
+        ) from error
     except Exception as error:  # torch raises whatever its parsers meet in a damaged file
         raise ModelError(
             f"{path} cannot be loaded as an exported program (damaged, or saved by an incompatible PyTorch?): "

@@ -243,7 +243,11 @@ class CleanGraph:
         self.nodes = kept[::-1]
 
     def _drop_grids_before_clamps(self, model: ModelProto) -> None:
-        """Leave out the grid of a tensor that one clamp alone reads, whose output has the same grid."""
+        """Leave out the grid of a tensor that one clamp alone reads, whose output has the same grid.
+
+        Not where the clamp cuts off codes that are used: integers cannot take its place there, and without a grid of
+        its own the node before it would compute in float.
+        """
         readers: dict[str, list[NodeProto]] = {value.name: [] for value in model.graph.output}
         outputs = set(readers)
         for node in self.nodes:
@@ -252,8 +256,19 @@ class CleanGraph:
         for tensor, grid in list(self.activations.items()):
             own = readers.get(tensor, [])
             is_only_clamped = len(own) == 1 and tensor not in outputs and own[0].op_type in ("Relu", "Clip")
-            if is_only_clamped and self.activations.get(own[0].output[0]) == grid:
+            if is_only_clamped and self.activations.get(own[0].output[0]) == grid and self._ends_above(own[0], grid):
                 del self.activations[tensor]
+
+    def _ends_above(self, clamp: NodeProto, grid: Grid) -> bool:
+        """Whether a clamp lets the highest value of a grid pass, as far as rounding to the grid tells."""
+        if clamp.op_type == "Relu":
+            return True
+        high = attributes(clamp).get("max", np.inf)
+        if len(clamp.input) > 2 and clamp.input[2]:
+            name = clamp.input[2]
+            value = self.made[name] if name in self.made else self.value(name)
+            high = -np.inf if value is None else float(value.astype(np.float32))
+        return bool(np.rint(high / np.float32(grid.scale)) >= grid.high_code - grid.zero_point)
 
     def _write(self, model: ModelProto) -> None:
         from onnx import numpy_helper

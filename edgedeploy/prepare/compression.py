@@ -170,7 +170,7 @@ class _Survey:
             return weights, weights if is_short else activations_of(node, self.seen)
         name = main.name if main else ""
         grid = self.table.weights.get(name)
-        return weights_in_table(grid) if grid else weights, activations_in_table(node, name, self.table)
+        return weights_in_table(grid) if grid else weights, activations_in_table(node, name, self.table, self.seen)
 
 
 def _zipped_size(data: bytes) -> int:

@@ -173,13 +173,43 @@ def drop_unused_constants(model: ModelProto) -> None:
     model.graph.initializer.extend(used)
 
 
-def _has_int8_activations(model: Path | bytes) -> bool:
-    import onnx
-
-    graph = (onnx.load(str(model)) if isinstance(model, Path) else onnx.load_from_string(model)).graph
+def _has_int8_activations(graph: GraphProto) -> bool:
     types = {item.name: item.data_type for item in graph.initializer}
     stored = (node.input[2] for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2)
-    return any(types.get(name) == onnx.TensorProto.INT8 for name in stored)
+    return any(types.get(name) == graph.initializer[0].INT8 for name in stored)
+
+
+def _unshared(model: ModelProto) -> ModelProto:
+    """Give each reader of dequantized constants its own, since precise kernels rewrite them and meet no name twice.
+
+    Without it, onnxruntime 1.31.1 cannot load a model in which two layers share quantized weights; its error is
+    "AddInitializedOrtValue Attempt to replace the existing tensor".
+    """
+    constants = {item.name: item for item in model.graph.initializer}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type != "DequantizeLinear" or not all(name in constants for name in node.input):
+            continue
+        for number, reader in enumerate(readers.get(node.output[0], ())[1:], 1):
+            twin = type(node)()
+            twin.CopyFrom(node)
+            twin.output[0] = f"{node.output[0]}/{number}"
+            twin.name = f"{node.name}/{number}"
+            for index, name in enumerate(node.input):
+                copied = model.graph.initializer.add()
+                copied.CopyFrom(constants[name])
+                twin.input[index] = copied.name = f"{name}/{number}"
+            position = list(reader.input).index(node.output[0])
+            reader.input[position] = twin.output[0]
+            nodes.append(twin)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 class Runner:
@@ -193,6 +223,7 @@ class Runner:
 
     def __init__(self, model: Path | bytes, *, is_optimized: bool = True) -> None:
         try:
+            import onnx
             import onnxruntime
         except ModuleNotFoundError as error:
             raise BackendMissing(
@@ -205,13 +236,17 @@ class Runner:
         # 8-bit kernels whose numbers are right also on x86 without VNNI, where the default ones saturate: fused ones of
         # int8 activations, as on ARM, or precise ones of uint8 activations. Both settings at once make an operator that
         # has no kernel (seen in onnxruntime 1.31.1).
-        exact = "qdqisint8allowed" if _has_int8_activations(model) else "x64quantprecision"
+        loaded = onnx.load(str(model)) if isinstance(model, Path) else onnx.load_from_string(model)
+        is_quantized = any(node.op_type == "DequantizeLinear" for node in loaded.graph.node)
+        exact = "qdqisint8allowed" if _has_int8_activations(loaded.graph) else "x64quantprecision"
         options.add_session_config_entry(f"session.{exact}", "1")
         # Weights that are dequantized for a MatMul stay what they are; the default rounds activations to 8 bits beside.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if is_optimized else level.ORT_DISABLE_ALL
         source = str(model) if isinstance(model, Path) else model
+        if is_quantized and is_optimized:
+            source = _unshared(loaded).SerializeToString()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has one exception class for each status code, and none in common

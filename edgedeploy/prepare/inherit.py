@@ -92,6 +92,8 @@ def map_grid(values: ActivationRange, rules: QuantizationRules) -> tuple[Grid, b
     """Return the grid of an activation under a target's rules, kept where the rules allow it.
 
     - The other type of eight bits: the same scale, all codes moved by 128.
+    - A tensor that is never negative, where asymmetric is wanted: the same scale, zero-point at the lowest code, so that
+      integers cannot become negative and a Relu before them has nothing left to do.
     - A symmetric grid of a tensor that is never negative, where asymmetric is wanted: half the scale, zero-point at the
       lowest code. Every trained value stays a value of the grid (trained code c is code 2c above the zero-point), and
       the codes that were never used halve the rounding error.
@@ -118,6 +120,8 @@ def map_grid(values: ActivationRange, rules: QuantizationRules) -> tuple[Grid, b
         half = np.float32(trained.scale) / np.float32(2)
         if used <= highest - lowest and np.float32(2) * half == np.float32(trained.scale):
             return Grid(scale=float(half), zero_point=lowest, low_code=lowest, high_code=highest), True, 0.0
+    trained = used_codes(values)
+    assert trained is not None, "looked at above"
     shift = _shift(trained, lowest, highest, is_symmetric=rules.activation_symmetric)
     if shift is not None:
         moved = Grid(
@@ -132,6 +136,14 @@ def map_grid(values: ActivationRange, rules: QuantizationRules) -> tuple[Grid, b
     return grid, False, abs(chosen.scale - trained.scale) / trained.scale
 
 
+def used_codes(values: ActivationRange) -> Grid | None:
+    """Return an activation's trained grid without the codes that its values never take; None without a grid."""
+    grid = values.grid
+    if grid is None or values.low < 0 or grid.low_code >= grid.zero_point:
+        return grid
+    return msgspec.structs.replace(grid, low_code=grid.zero_point)
+
+
 def _wastes_half(values: ActivationRange, trained: Grid) -> bool:
     """Whether a symmetric grid keeps codes for negative values that its tensor never has."""
     is_symmetric = abs(trained.low_code + trained.high_code - 2 * trained.zero_point) <= 1
@@ -142,6 +154,8 @@ def _shift(trained: Grid, lowest: int, highest: int, *, is_symmetric: bool) -> i
     """Return by how much the codes of a grid move into another type; None where they do not fit."""
     if is_symmetric:
         shifts = [(lowest + highest + 1) // 2 - trained.zero_point]
+    elif trained.low_code == trained.zero_point:
+        shifts = [lowest - trained.low_code]
     else:
         # From the beginning of their own type to that of the other; else as low as possible.
         shifts = [lowest - (0 if trained.low_code >= 0 else -128), lowest - trained.low_code]

@@ -162,6 +162,8 @@ def _module_from_reference(source: str, base: Path) -> nn.Module:
                 )
             try:
                 found = found()
+            except ModuleNotFoundError as error:
+                raise ModelError(f"calling {source} failed: it needs the module {error.name!r}; install it") from error
             except Exception as error:  # the person's factory may fail in any way
                 raise ModelError(f"calling {source} failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, nn.Module):

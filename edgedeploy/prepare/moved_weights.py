@@ -19,13 +19,14 @@ from edgedeploy.prepare.markers import DOMAIN
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-_MOVES = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity", "Flatten")
+_MOVES = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity", "Flatten", "Gather")
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Dequantized weights, element by element: codes, and the scale and zero-point of each."""
+    """Dequantized weights, element by element: codes, and the scale and zero-point of each; `name` is where from."""
 
+    name: str
     codes: NDArray[Any]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.int32]
@@ -37,8 +38,10 @@ def settle_moves(model: ModelProto) -> ModelProto:
 
     Args:
         model: with DequantizeWeight markers; changed in place and returned. Weights whose scales would not lie along
-            one axis after the moves, or that share a scale in blocks, stay as they are.
+            one axis after the moves stay as they are, and so do those that share a scale in blocks, unless the move
+            picks rows.
     """
+    _pick_rows_of_blocks(model)
     seen = view(model.graph)
     stored: dict[str, _Stored] = {}
     ends: list[str] = []
@@ -65,7 +68,7 @@ def _read(node: NodeProto, constants: Any) -> _Stored | None:
     axis = settings["axis"]
     shape = [-1 if index == axis and scale.size > 1 else 1 for index in range(codes.ndim)]
     spread = [np.broadcast_to(part.reshape(shape), codes.shape) for part in (scale, zero)]
-    return _Stored(codes, spread[0], spread[1], int(settings["bits"]))
+    return _Stored(node.input[0], codes, spread[0], spread[1], int(settings["bits"]))
 
 
 def _moves_weights(node: NodeProto, stored: dict[str, _Stored], constants: Any) -> bool:
@@ -90,7 +93,32 @@ def _moved(node: NodeProto, stored: dict[str, _Stored], constants: Any) -> _Stor
         made: Any = evaluator.run(None, feeds)
         return made[0]
 
-    return _Stored(run("codes"), run("scales"), run("zero_points"), stored[node.input[0]].bits)
+    first = stored[node.input[0]]
+    return _Stored(first.name, run("codes"), run("scales"), run("zero_points"), first.bits)
+
+
+def _pick_rows_of_blocks(model: ModelProto) -> None:
+    """Pick the rows of an embedding that are always the same ones (positions) from its codes and scales in blocks."""
+    from onnx import helper, numpy_helper
+
+    seen = view(model.graph)
+    for position, node in enumerate(list(model.graph.node)):
+        marker = seen.producers.get(node.input[0]) if node.op_type == "Gather" and not node.domain else None
+        rows = seen.constants.get(node.input[1]) if marker is not None else None
+        if marker is None or rows is None or marker.op_type != "DequantizeWeight" or rows.ndim != 1:
+            continue
+        settings = attributes(marker)
+        if not settings["block"] or settings["axis"] != 0 or attributes(node).get("axis", 0) != 0:
+            continue
+        names = [f"{name}/{node.output[0]}" for name in marker.input]
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.ascontiguousarray(seen.constants[source][rows]), name)
+            for source, name in zip(marker.input, names, strict=True)
+        )
+        picked = helper.make_node(
+            "DequantizeWeight", names, list(node.output), name=f"{node.output[0]}/moved", domain=DOMAIN, **settings
+        )
+        model.graph.node[position].CopyFrom(picked)
 
 
 def _store(model: ModelProto, tensor: str, weights: _Stored) -> None:
@@ -107,14 +135,16 @@ def _store(model: ModelProto, tensor: str, weights: _Stored) -> None:
         "scale": np.atleast_1d(weights.scales[index]).astype(np.float32),
         "zero_point": np.atleast_1d(weights.zero_points[index]).astype(np.int32),
     }
+    # The codes keep the layer's name in front, by which people and reports know it.
+    names = {part: f"{weights.name}/{tensor}" + ("" if part == "codes" else f"/{part}") for part in parts}
     model.graph.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(value), f"{tensor}.{name}") for name, value in parts.items()
+        numpy_helper.from_array(np.ascontiguousarray(value), names[part]) for part, value in parts.items()
     )
     position = next(i for i, node in enumerate(model.graph.node) if tensor in node.output)
     del model.graph.node[position]
     marker = helper.make_node(
         "DequantizeWeight",
-        [f"{tensor}.{name}" for name in parts],
+        list(names.values()),
         [tensor],
         name=f"{tensor}/moved",
         domain=DOMAIN,

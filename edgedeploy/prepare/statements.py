@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgedeploy.records.compression import CompressionReport, Fate, KindStatement, LayerCompression
@@ -65,6 +65,7 @@ _EVIDENCE: Mapping[CompressionKind, _Evidence] = {
 }
 _ZERO_KINDS = frozenset({"pruning masks", "unstructured sparsity", "2:4 sparsity"})
 _STORED_SMALL = frozenset({"weight-only int8", "weight-only int4", "float8", "float16", "bfloat16"})
+_COMPUTED_SMALL = frozenset({"static int8", "QAT int8", "dynamic int8", "int8 activations, int4 weights"})
 _WITH_SCALES = frozenset({
     "static int8", "QAT int8", "dynamic int8", "weight-only int8", "weight-only int4", "int8 activations, int4 weights",
     "float8",
@@ -76,6 +77,7 @@ def statements(
     canonical: CompressionReport,
     artifact: CompressionReport | None,
     survival_notes: Sequence[str] = (),
+    expanded: Collection[str] = (),
 ) -> tuple[KindStatement, ...]:
     """Say of each kind of compression whether it was kept, changed or lost.
 
@@ -86,6 +88,7 @@ def statements(
         artifact: counted in what is deployed; None: nothing was built yet.
         survival_notes: sentences on trained scales that did not come through as they were; each of them makes a kind
             with scales "changed" in the artifact.
+        expanded: names of weights that the runtime widens to float32 before it multiplies.
 
     Returns:
         One statement for each kind, in the order of `found`; channel pruning is added where the reference shows it.
@@ -93,13 +96,15 @@ def statements(
     made = []
     for kind in dict.fromkeys(one.kind for one in found):
         own = [one for one in found if one.kind == kind]
-        made.append(_statement(kind, own, canonical, artifact, survival_notes if kind in _WITH_SCALES else ()))
+        made.append(
+            _statement(kind, own, canonical, artifact, survival_notes if kind in _WITH_SCALES else (), expanded)
+        )
     narrowed = [layer.name for layer in canonical.layers if layer.removed_channels]
     if narrowed and not any(one.kind == "channel pruning" for one in found):
         removed = sum(layer.removed_channels or 0 for layer in canonical.layers)
         detail = f"{removed:,} output channels fewer than the dense reference"
         own = [FoundCompression(kind="channel pruning", layers=tuple(narrowed), detail=detail)]
-        made.append(_statement("channel pruning", own, canonical, artifact, ()))
+        made.append(_statement("channel pruning", own, canonical, artifact, (), ()))
     return tuple(made)
 
 
@@ -109,14 +114,17 @@ def _statement(
     canonical: CompressionReport,
     artifact: CompressionReport | None,
     survival_notes: Sequence[str],
+    expanded: Collection[str],
 ) -> KindStatement:
     names = tuple(dict.fromkeys(name for one in found for name in one.layers))
     details = dict.fromkeys(text for one in found for text in (one.detail, one.lowering) if text)
-    onnx, onnx_reason = _in_canonical(kind, names, all(one.is_kept for one in found), canonical)
+    onnx, onnx_reason = _in_canonical(kind, names, all(one.is_kept for one in found), canonical, len(found))
     fate: Fate | None = None
     reason = ""
     if artifact is not None:
-        fate, reason = ("lost", "not in the ONNX either") if onnx == "lost" else _kept(kind, names, canonical, artifact)
+        fate, reason = "lost", "not in the ONNX either"
+        if onnx != "lost":
+            fate, reason = _kept(kind, names, canonical, artifact, expanded)
         if fate == "kept" and survival_notes:
             fate, reason = "changed", f"{reason}, but not every trained scale came through as it was"
     notes = [*(one.note for one in found if one.note), *(survival_notes if artifact is not None else ())]
@@ -133,7 +141,7 @@ def _statement(
 
 
 def _in_canonical(
-    kind: CompressionKind, names: Sequence[str], is_kept: bool, canonical: CompressionReport
+    kind: CompressionKind, names: Sequence[str], is_kept: bool, canonical: CompressionReport, groups: int
 ) -> tuple[Fate, str]:
     if not is_kept:
         return "lost", "it could not be carried over"
@@ -147,17 +155,22 @@ def _in_canonical(
         # ONNX names recurrent weights anew: layers that show the kind stand for names that are not found.
         renamed = [layer for layer in _holding(kind, canonical) if layer not in asked][: len(names) - len(asked)]
         holding, expected = sum(map(evidence.holds, asked)) + len(renamed), len(asked) + len(renamed)
-    else:  # names that ONNX does not have: as many layers must show it as carried it
-        products = _products(canonical)
+    elif kind == "shared weights":  # of each group of layers, the first one owns the weights
         holding = len(_holding(kind, canonical))
-        # The first layer that reads shared weights owns them.
-        expected = min(len(names) - (kind == "shared weights"), len(products)) or 1
+        expected = len(names) - groups
+    else:  # names that ONNX does not have: as many layers must show it as carried it
+        holding = len(_holding(kind, canonical))
+        expected = min(len(names), len(_products(canonical))) or 1
     reason = f"{evidence.phrase} in {min(holding, expected)} of {_count(expected, 'layer')}"
     return ("kept" if holding >= expected else "changed" if holding else "lost"), reason
 
 
 def _kept(
-    kind: CompressionKind, names: Sequence[str], canonical: CompressionReport, artifact: CompressionReport
+    kind: CompressionKind,
+    names: Sequence[str],
+    canonical: CompressionReport,
+    artifact: CompressionReport,
+    expanded: Collection[str],
 ) -> tuple[Fate, str]:
     """Compare an artifact with the canonical pair."""
     if kind not in _EVIDENCE:
@@ -181,11 +194,16 @@ def _kept(
         return ("changed" if is_partial else "lost"), remains
     if kind in _ZERO_KINDS:
         return _zeros_kept(before, after, reason)
-    expanded = [layer for layer in holding if kind in _STORED_SMALL and not _stays_small(layer)]
-    if expanded:
-        bits = max(layer.weights.bits for layer in expanded)
+    if kind in _COMPUTED_SMALL and (widened := [layer for layer in holding if _is_one_of(layer, expanded)]):
         return "changed", (
-            f"{bits} bits in the file, but expanded to float32 in memory in {_count(len(expanded), 'layer')}, because "
+            f"{reason} of the file, but the runtime has no integer kernel for {len(widened)} of them as they stand "
+            f"(first: {widened[0].name}), and widens their weights to float32 in memory"
+        )
+    widened = [layer for layer in holding if kind in _STORED_SMALL and not _stays_small(layer)]
+    if widened:
+        bits = max(layer.weights.bits for layer in widened)
+        return "changed", (
+            f"{bits} bits in the file, but expanded to float32 in memory in {_count(len(widened), 'layer')}, because "
             f"the graph widens them before it multiplies"
         )
     return "kept", reason
@@ -223,6 +241,10 @@ def _channels_kept(before: Sequence[LayerCompression], after: Sequence[LayerComp
 def _stays_small(layer: LayerCompression) -> bool:
     """Whether a runtime multiplies with what is stored; constants behind a DequantizeLinear or Cast are unpacked."""
     return layer.operator == "MatMulNBits" or layer.activations.bits < 32
+
+
+def _is_one_of(layer: LayerCompression, weights: Collection[str]) -> bool:
+    return layer.weight in weights or layer.weight.rpartition("/")[0] in weights
 
 
 def _holding(kind: CompressionKind, report: CompressionReport) -> list[LayerCompression]:

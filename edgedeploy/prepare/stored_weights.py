@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.prepare.graph import View, attributes
+from edgedeploy.prepare.quantized_set import MOVES
 from edgedeploy.records.compression import Numbers, Scales
 from edgedeploy.records.quantization import (
     ActivationRange,
@@ -144,15 +145,22 @@ def weights_in_table(grid: WeightQuantization) -> Numbers:
     )
 
 
-def activations_in_table(node: NodeProto, weight: str, table: QuantizationTable | SourceQuantization) -> Numbers:
-    """Return how a table has what a node reads stored."""
+def activations_in_table(
+    node: NodeProto, weight: str, table: QuantizationTable | SourceQuantization, seen: View
+) -> Numbers:
+    """Return how a table has what a node reads stored; what only moves values keeps their grid."""
     if weight in table.dynamic:
         rule = table.dynamic[weight]
         storage = "int8" if rule.symmetric else "uint8"
         made = Numbers(storage=storage, bits=rule.bits, is_symmetric=rule.symmetric, is_dynamic=True)
         return _with_scales(made, "token" if rule.per_token else "tensor")
     is_left_out = isinstance(table, QuantizationTable) and node.name not in table.nodes
-    values = table.activations.get(node.input[0])
+    tensor = node.input[0]
+    maker = seen.producers.get(tensor)
+    while tensor not in table.activations and maker is not None and maker.op_type in MOVES:
+        tensor = maker.input[0]
+        maker = seen.producers.get(tensor)
+    values = table.activations.get(tensor)
     return Numbers() if is_left_out or values is None else _range_numbers(values)
 
 

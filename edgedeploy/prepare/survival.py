@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgedeploy.errors import FidelityError
 from edgedeploy.prepare.clean_graph import MOVES
 from edgedeploy.prepare.graph import View, read_graph, view
+from edgedeploy.prepare.inherit import used_codes
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.quantization import Grid, QuantizationTable, SourceQuantization, WeightQuantization
 from edgedeploy.records.survival import Fate, Stage, SurvivalEntry, SurvivalReport
@@ -51,14 +52,15 @@ def trace(
     form = _Form(view((read_graph(emitted) if isinstance(emitted, Path) else emitted).graph))
     entries = []
     for name, values in source.activations.items():
-        if values.grid is None:
+        trained = used_codes(values)
+        if trained is None:
             continue
         now = table.activations[name].grid if name in table.activations else None
-        in_form = form.activation(name, values.grid)
-        found: dict[Stage, Found] = {"canonical": _grid_fate(values.grid, now), "emitted": in_form}
+        in_form = form.activation(name, trained)
+        found: dict[Stage, Found] = {"canonical": _grid_fate(trained, now), "emitted": in_form}
         if layers is not None:
             found["artifact"] = _activation_in(layers, name, form, in_form)
-        entries.append(_entry(name, "activation", (values.grid.scale,), found))
+        entries.append(_entry(name, "activation", (trained.scale,), found))
     for name, weight in source.weights.items():
         if not weight.scales:
             continue

@@ -55,22 +55,37 @@ def compression_facts(report: CompressionReport) -> Facts:
 def precision_facts(artifact: Artifact) -> Facts:
     """Return what an artifact's runtime computes on integers and what in float, and what became of trained scales."""
     layers = artifact.layers
-    facts: Facts = []
-    if layers.quantized:
-        operators = Counter(label.partition(" ")[0] for label in layers.quantized)
-        kinds = ", ".join(f"{number} {operator}" for operator, number in operators.items())
-        facts.append(("on integers", f"{count(len(layers.quantized), 'node')}: {kinds}"))
+    operators = Counter(label.partition(" ")[0] for label in layers.quantized)
+    kinds = ", ".join(f"{number} {operator}" for operator, number in operators.items())
+    integers = f"{count(len(layers.quantized), 'node')}: {kinds}" if layers.quantized else "nothing"
+    floats = "nothing" if layers.quantized else "everything"
     if layers.float_islands:
-        facts.append(("in float", f"{count(len(layers.float_islands), 'node')}: {_first(layers.float_islands)}"))
-    elif layers.quantized:
-        facts.append(("in float", "nothing"))
-    else:
-        facts.append(("layers", "all in float"))
+        floats = f"{count(len(layers.float_islands), 'node')}: {_first(layers.float_islands)}"
+    facts: Facts = [("on integers", integers), ("in float", floats)]
     if layers.expanded:
         facts.append(("widened", f"{count(len(layers.expanded), 'weight tensor')} by the runtime to float32"))
     if artifact.survival is not None and artifact.survival.entries:
         facts.append(("scales", survival_text(artifact.survival)))
     return facts
+
+
+def lost_facts(artifact: Artifact) -> Facts:
+    """Return which kinds of compression are gone; nothing where none is."""
+    lost = [one.kind for one in artifact.compression.statements if one.artifact == "lost"]
+    return [("lost", f"{', '.join(lost)} (accepted with --allow-loss)")] if lost else []
+
+
+def remaining_notes(artifact: Artifact) -> list[str]:
+    """Return an artifact's notes that its statements do not make, each sentence once however many names it is about."""
+    said = {note for one in artifact.compression.statements for note in one.notes}
+    about: dict[tuple[str, str], list[str]] = {}
+    for note in artifact.notes:
+        if note not in said:
+            before, quote, rest = note.partition("'")
+            name, closing, after = rest.partition("'")
+            parts = (before, after) if quote and closing else (note, "")
+            about.setdefault(parts, []).append(f"'{name}'" if quote and closing else "")
+    return [f"{before}{_first(names) if names[0] else ''}{after}" for (before, after), names in about.items()]
 
 
 def survival_text(report: SurvivalReport) -> str:

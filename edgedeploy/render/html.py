@@ -10,7 +10,7 @@ from typing import Any
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.run import Run
 from edgedeploy.records.verdict import CellVerdict, Finding, Verdict
-from edgedeploy.render.compression import precision_facts, statement_heading, statement_rows
+from edgedeploy.render.compression import precision_facts, remaining_notes, statement_heading, statement_rows
 from edgedeploy.render.drawings import HATCH, effect_svg, is_one_session, key_svg, ratios_svg, visit_columns, visits_svg
 from edgedeploy.render.figures import (
     FIDELITY_COLUMNS,
@@ -171,7 +171,7 @@ def _side_view(side: str, run_id: str, run: Run | None, manifests: Mapping[str, 
             (statement_heading(one), statement_rows(one))
             for one in (manifest.compression.statements if manifest else ())
         ],
-        notes=manifest.notes if manifest else (),
+        notes=tuple(remaining_notes(manifest)) if manifest else (),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.run import Run
 from edgedeploy.records.verdict import CellVerdict, Verdict
-from edgedeploy.render.compression import statement_heading, statement_rows
+from edgedeploy.render.compression import remaining_notes, statement_heading, statement_rows
 from edgedeploy.render.figures import (
     Row,
     accuracy_metric_of,
@@ -90,7 +90,7 @@ def _compression(cell: CellVerdict, runs: Mapping[str, Run], manifests: Mapping[
             continue
         for one in manifest.compression.statements:
             rows += [(f"{side}: {statement_heading(one)}", *row) for row in statement_rows(one)]
-        notes += [f"- {side}: {_escaped(note)}" for note in manifest.notes]
+        notes += [f"- {side}: {_escaped(note)}" for note in remaining_notes(manifest)]
     if not rows and not notes:
         return []
     table = _table(("compression", "stage", "fate", "what was found"), rows) if rows else []

@@ -18,7 +18,9 @@ from edgedeploy.render.compression import (
     fitting_columns,
     layer_notes,
     layer_rows,
+    lost_facts,
     precision_facts,
+    remaining_notes,
     shown_layers,
     statement_heading,
     statement_rows,
@@ -125,6 +127,7 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
     """
     recipe = artifact.recipe
     facts = [
+        *lost_facts(artifact),
         ("file", f"{artifact.file}, {format_bytes(artifact.size_bytes)}"),
         ("sha256", artifact.sha256),
         ("key", artifact.key),
@@ -144,9 +147,10 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
         _show_fidelity(console, artifact.fidelity)
         _show_statements(console, artifact.compression)
         _show_layers(console, artifact.compression, layers)
-        if artifact.notes:
+        notes = remaining_notes(artifact)
+        if notes:
             console.print()
-        _show_list(console, "Notes", list(artifact.notes))
+        _show_list(console, "Notes", notes)
 
     return _rendered(show, color=color, width=width)
 
@@ -307,7 +311,7 @@ def _facts(facts: Sequence[tuple[str, str]]) -> Table:
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for label, text in facts:
-        made.add_row(_plain(f"  {label}"), _plain(text))
+        made.add_row(_plain(f"  {label}"), _plain(text), style=_STYLES.get(label, ""))
     return made
 
 

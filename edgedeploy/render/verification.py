@@ -100,9 +100,7 @@ def _layer_table(layers: LayerComparison, *, color: bool, width: int) -> str:
         )
         for one in layers.layers
     ]
-    title = (
-        f"Layers of the {layers.candidate} against {layers.reference}, {layers.samples} samples, computed as written"
-    )
+    title = f"Layers, {layers.candidate} against {layers.reference}"
     return table(title, _LAYER_COLUMNS, rows, color=color, width=width)
 
 
@@ -120,7 +118,8 @@ def _layer_sentences(layers: LayerComparison, columns: int) -> list[str]:
         if layers.not_compared
         else ""
     )
-    return ["\n".join([*_wrapped(jump, columns), *_wrapped(_DEFINITION + missing, columns)])]
+    how = f" On {layers.samples} samples, each graph computed as it is written."
+    return ["\n".join([*_wrapped(jump, columns), *_wrapped(_DEFINITION + missing + how, columns)])]
 
 
 def _listed(sentences: Sequence[str], columns: int) -> list[str]:

@@ -215,3 +215,16 @@ def test_random_samples_repeat_by_seed_and_say_that_they_are_random():
     assert batch["image"].dtype == np.float32
     assert batch["ids"].dtype == np.int64
     assert batch["ids"].shape[0] == 4
+
+
+def test_several_label_arrays_are_kept_by_name_and_must_have_a_row_for_each_sample(tmp_path):
+    image = np.zeros((4, 2, 3), np.float32)
+    boxes = np.arange(4 * 5 * 4, dtype=np.float32).reshape(4, 5, 4)
+    np.savez(tmp_path / "boxes.npz", image=image, **{"labels.boxes": boxes, "labels.classes": np.ones((4, 5), int)})
+    samples = load_samples(tmp_path / "boxes.npz", [IMAGE])
+    assert samples.labels is None
+    assert list(samples.named_labels) == ["boxes", "classes"]
+    np.testing.assert_array_equal(samples.named_labels["boxes"], boxes)
+    np.savez(tmp_path / "short.npz", image=image, **{"labels.boxes": boxes[:3]})
+    with pytest.raises(DocumentError, match=r"different lengths.*labels\.boxes: 3"):
+        load_samples(tmp_path / "short.npz", [IMAGE])

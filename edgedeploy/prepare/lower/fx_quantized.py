@@ -232,7 +232,7 @@ def _drop_unused_attributes(module: GraphModule) -> None:
     """Remove packed parameters, scales and zero-points that no node reads any more; packed ones cannot be exported."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in list(vars(module)):
-        if name.startswith("_packed_weight_") and name not in read:
+        if "_packed_weight_" in name and name not in read:
             delattr(module, name)
     for name in list(module._buffers):
         if ("scale" in name or "zero_point" in name) and name not in read:

@@ -21,14 +21,14 @@ from edgedeploy.prepare.markers import operators
 # Lowest and highest code of torch's 8-bit activation types. A range that an observer reduced to 7 bits shows in the
 # scale only: the kernels of a converted model saturate at the type's own limits.
 _CODES = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
-# Functions whose results lie on the grid of their quantized input without rounding: they move or select values.
+# Functions whose results lie on the grid of their quantized input, and for which back ends have a form that reads and
+# writes one grid. What else moves or selects values (relu, slices, concatenated halves) is put on the same grid again,
+# which changes nothing and lets the layer behind it see where its input lies.
 # fmt: off
-_SELECTING = frozenset({
+_MOVING = frozenset({
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t", "__get__",
-    "swapaxes", "swapdims", "moveaxis", "movedim", "contiguous", "clone", "detach", "squeeze", "unsqueeze", "expand",
-    "expand_as", "chunk", "split", "unbind", "narrow", "select", "index_select", "__getitem__", "repeat", "dropout",
-    "relu", "relu_", "max_pool1d", "max_pool2d", "max_pool3d", "_max_pool1d", "_max_pool2d", "_max_pool3d",
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "swapaxes", "swapdims", "moveaxis", "movedim", "contiguous", "clone", "detach", "squeeze", "unsqueeze", "dropout",
+    "max_pool1d", "max_pool2d", "max_pool3d", "_max_pool1d", "_max_pool2d", "_max_pool3d",
 })
 # fmt: on
 # Functions that PyTorch's quantized kernels give a grid of their own: scale and zero-point as quint8, and as qint8.
@@ -121,7 +121,7 @@ class GridTracking(TorchFunctionMode):
     """Follows tensors on a grid through functions that PyTorch runs on quantized tensors natively.
 
     Such a function (pooling, mean, interpolation, clamp ...) takes no scale: it returns its input's grid. What only
-    selects or moves values stays on the grid by itself; everything else is rounded to it again.
+    moves values stays on the grid by itself; everything else is rounded to it again.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class GridTracking(TorchFunctionMode):
         if name in _OWN_GRIDS:
             scale, zero_point = _OWN_GRIDS[name]
             grid = Grid(scale, zero_point if grid.dtype == torch.quint8 else zero_point - 128, grid.dtype)
-        follow = on_grid if name in _SELECTING else _rounded
+        follow = on_grid if name in _MOVING else _rounded
         return pytree.tree_map(lambda leaf: follow(leaf, grid) if _is_float(leaf) else leaf, answer)
 
     def _first_grid(self, arguments: Any) -> Grid | None:

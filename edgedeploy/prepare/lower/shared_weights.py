@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def lower_module(module: nn.Module) -> tuple[nn.Module, tuple[FoundCompression, ...]]:
-    """Return the module as it is, and which of its parameters are used in several places.
+    """Return the module as it is, and for each weight that is used in several places, where.
 
     A layer that is registered in several places shares its weights too. One that has one place and is called several
     times in forward cannot be told from here, and nothing could lose that.
@@ -33,20 +33,19 @@ def lower_module(module: nn.Module) -> tuple[nn.Module, tuple[FoundCompression, 
     places: dict[int, list[str]] = {}
     sizes: dict[int, int] = {}
     for path, part in module.named_modules(remove_duplicate=False):
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+        for parameter in part._parameters.values():
+            # Shared biases come with shared weights, and are nothing that could be lost.
+            if parameter is not None and parameter.ndim > 1:
+                places.setdefault(id(parameter), []).append(path or "(model)")
                 sizes[id(parameter)] = parameter.numel()
-    shared = {key: paths for key, paths in places.items() if len(paths) > 1}
-    if not shared:
-        return module, ()
-    saved = sum(sizes[key] * (len(paths) - 1) for key, paths in shared.items())
-    return module, (
+    return module, tuple(
         FoundCompression(
             kind="shared weights",
-            layers=tuple(path for paths in shared.values() for path in paths),
-            detail=f"{len(shared)} tensors used in {sum(map(len, shared.values()))} places, {saved} weights saved",
-        ),
+            layers=tuple(paths),
+            detail=f"one tensor used in {len(paths)} places, {sizes[key] * (len(paths) - 1)} weights saved",
+        )
+        for key, paths in places.items()
+        if len(paths) > 1
     )
 
 
