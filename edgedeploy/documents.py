@@ -116,7 +116,7 @@ def complaint(error: Exception, kind: Any) -> str:
         given = match["given"]
         likely = closest(given.strip("'"), choices)
         return f"{given} is not known{likely} (known: {', '.join(choices)})"
-    return what[0].lower() + what[1:].replace("`", "")
+    return what[0].lower() + what[1:]
 
 
 def _choices(kind: Any) -> list[Any]:

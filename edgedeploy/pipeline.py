@@ -34,10 +34,11 @@ from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
+from edgedeploy.records.sensitivity import Sensitivity
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.records.verdict import CellVerdict, Policy, Verdict
 from edgedeploy.results import Results, load_run, utc_now
-from edgedeploy.storage import write_atomic
+from edgedeploy.storage import cache_dir, write_atomic
 
 
 def _silent(text: str) -> None:
@@ -195,6 +196,63 @@ def compile(
     )
     built = build(request, progress)
     return deliver(built, output) if output else built
+
+
+def sensitivity(
+    source: str,
+    *,
+    calibration: Path,
+    weights: Path | None = None,
+    inputs: Sequence[str | TensorSpec] = (),
+    target: str = "host",
+    backend: str = "onnxruntime",
+    quantization: Sequence[str] | QuantizationPolicy = (),
+    name: str | None = None,
+    trust_pickle: bool = False,
+    progress: Progress = _silent,
+) -> Sensitivity:
+    """Say what a model gains in int8 when one layer after another stays float, and what that costs.
+
+    Args:
+        calibration: everything is measured on it.
+        quantization: as for `compile`; `max_float_layers` and `budget_db` say where the curve ends.
+
+    Raises:
+        UsageError: the model carries its own quantization, so that no layer's precision is ours to choose.
+    """
+    from edgedeploy.prepare.dataset import load_samples
+    from edgedeploy.prepare.step_costs import sensitivity_of
+
+    resolved, here = this_target(target), this_target("host")
+    rules = resolved.quantization.get(backend)
+    if rules is None:
+        known = ", ".join(resolved.quantization) or "none"
+        raise UsageError(f"target {target!r} has no int8 rules for back end {backend!r} (it has: {known})")
+    request = BuildRequest(
+        name=name or model_name(source),
+        source=source,
+        base=Path.cwd(),
+        weights=weights,
+        inputs=parse_inputs(inputs),
+        target=target,
+        backend=backend,
+        precision="int8",
+        calibration=calibration,
+        trust_pickle=trust_pickle,
+    )
+    model = canonical_model(request, progress)
+    return sensitivity_of(
+        model,
+        load_samples(calibration, model.inputs),
+        rules,
+        quantization if isinstance(quantization, QuantizationPolicy) else policy_from_pairs(quantization),
+        name=request.name,
+        target=resolved.name,
+        backend=backend,
+        is_timed=resolved.name == here.name and backend == "onnxruntime",
+        cache=cache_dir() / "calibration",
+        progress=progress,
+    )
 
 
 def bench(

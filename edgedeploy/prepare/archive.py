@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedeploy.errors import BackendMissing, ModelError, UntrustedPickle
+from edgedeploy.errors import BackendMissing, EdgedeployError, ModelError, UntrustedPickle
+from edgedeploy.prepare.silence import silenced
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -72,9 +73,13 @@ def load_archive(path: Path, *, trust_pickle: bool) -> ExportedProgram:
     import torch
 
     source: Any = path if trust_pickle else _checked_copy(path)
-    _register_operators(path, source)
     try:
-        return torch.export.load(source)
+        # Libraries that register operators talk about what this machine lacks while they are imported.
+        with silenced(str(path)):
+            _register_operators(path, source)
+            return torch.export.load(source)
+    except EdgedeployError:
+        raise
     except ModuleNotFoundError as error:  # a trusted pickle names classes of a library
         raise BackendMissing(
             f"{path} needs the module {error.name}, which is not installed here; pip install {error.name}"

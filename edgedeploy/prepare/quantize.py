@@ -26,6 +26,7 @@ from edgedeploy.records.quantization import (
     QuantizationTable,
     WeightQuantization,
 )
+from edgedeploy.records.sensitivity import PrecisionPlan
 from edgedeploy.records.target import QuantizationRules
 
 Progress = Callable[[str], None]
@@ -54,7 +55,8 @@ def quantize(
         rules: the target's; bits and axes of weights, and the activations' storage, which limits biases.
         policy: how ranges, roundings and layers that stay float are chosen.
         cache: folder where statistics of the same model and samples are looked for and kept.
-        progress: called with a sentence, now and then; what looks wrong about the samples comes with "note: ".
+        progress: called with a sentence, now and then; what looks wrong about the samples, and which layers the budget
+            leaves in float, comes with "note: ".
 
     Raises:
         ModelError: nothing in the model can be quantized, a tensor becomes NaN or infinite on the samples, or the
@@ -98,7 +100,19 @@ def quantize(
         most=policy.max_float_layers,
         progress=progress,
     )
+    if progress and (note := _plan_note(found)):
+        progress(f"note: {note}")
     return without(table, seen, found.chosen.float_nodes)
+
+
+def _plan_note(found: PrecisionPlan) -> str:
+    if not found.chosen.float_nodes:
+        return ""
+    return (
+        f"{len(found.chosen.float_nodes)} layers stay float for {found.budget_db:g} dB on calibration samples "
+        f"({found.curve[0].sqnr_db:.1f} dB without, {found.chosen.sqnr_db:.1f} dB with): "
+        f"{', '.join(found.chosen.float_nodes)}"
+    )
 
 
 def _left_float(seen: View, rules: QuantizationRules, policy: QuantizationPolicy) -> set[str]:

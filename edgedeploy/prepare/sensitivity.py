@@ -1,13 +1,15 @@
-"""How much each layer costs when it is quantized, and the smallest set of layers to leave in float for a budget.
+"""How much each layer costs when it is quantized, and the layers to leave in float for a budget.
 
-Everything is measured on calibration samples, in the arithmetic that the quantized graph is written in. A layer's cost
-is the noise of quantizing it alone, its inputs included. Layers are left in float in the order of their cost until the
-budget is met; then each of them that turns out not to be needed is quantized again.
+Everything is measured on calibration samples, in the arithmetic that the quantized graph is written in. A layer's noise
+is that of quantizing it alone, its inputs included. Layers are left in float in the order of their noise for each byte
+that float weights take more, until the budget is met: the classifier of a mobile network may be the noisiest layer
+after the first few, and in float alone be larger than the rest of the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +18,14 @@ import numpy as np
 
 from edgedeploy.errors import ModelError
 from edgedeploy.prepare.dataset import Samples
-from edgedeploy.prepare.fidelity import compare
+from edgedeploy.prepare.fidelity import Tensors, compare
 from edgedeploy.prepare.graph import Runner, View, read_graph, view
 from edgedeploy.prepare.quantized_set import QuantizedSet, bias_of, quantized_set
 from edgedeploy.prepare.simulate import simulate
 from edgedeploy.prepare.statistics import thinned
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import QuantizationTable
-from edgedeploy.records.sensitivity import LayerSensitivity, PlanPoint, PrecisionPlan
+from edgedeploy.records.sensitivity import LayerSensitivity, PlanPoint, PrecisionPlan, SensitivityCurve
 from edgedeploy.records.target import QuantizationRules
 
 if TYPE_CHECKING:
@@ -33,7 +35,12 @@ Progress = Callable[[str], None]
 
 # The order of layers needs fewer samples than the figure that is compared with the budget.
 _SAMPLES_TO_RANK = 16
-_SAMPLES_TO_DECIDE = 128
+_SAMPLES_TO_DECIDE = 64
+# A layer in float costs time however small its weights are: as much as this part of the model's bytes. Without it,
+# dozens of depthwise layers that take a few hundred bytes each would come before one that matters.
+_BYTES_OF_ANY_LAYER = 0.01
+# Answers of the float model that are kept for the next comparison, in bytes; beyond, they are computed again.
+_MOST_ANSWERS = 64 * 2**20
 # Stands for an exact answer, which has no finite ratio; float32 itself ends near 140 dB.
 _EXACT_DB = 140.0
 
@@ -48,7 +55,7 @@ def plan(
     most: int,
     progress: Progress | None = None,
 ) -> PrecisionPlan:
-    """Return the smallest set of layers found that, left in float, brings the outputs to a budget.
+    """Return the first layers, by noise for each byte, that left in float bring the outputs to a budget.
 
     Args:
         model: the fp32 model that `table` quantizes.
@@ -62,32 +69,59 @@ def plan(
     Raises:
         ModelError: the budget is not met with `most` layers in float.
     """
+    found = curve(model, table, samples, rules, until_db=budget_db, most=most, progress=progress)
+    if found.points[-1].sqnr_db < budget_db:
+        raise ModelError(_unmet(model, found.points, budget_db, most))
+    return PrecisionPlan(budget_db=budget_db, layers=found.layers, curve=found.points, chosen=found.points[-1])
+
+
+def curve(
+    model: Model,
+    table: QuantizationTable,
+    samples: Samples,
+    rules: QuantizationRules,
+    *,
+    until_db: float | None,
+    most: int,
+    progress: Progress | None = None,
+) -> SensitivityCurve:
+    """Return what leaving more and more layers in float gives: none, the noisiest for its bytes, two, and so on.
+
+    Args:
+        model: the fp32 model that `table` quantizes.
+        table: with every layer quantized.
+        samples: the calibration samples; 64 of them are used.
+        rules: the target's.
+        until_db: the first point that reaches it ends the curve; None: only `most` does.
+        most: layers that may be left in float.
+        progress: called with a sentence, now and then.
+    """
     graph = read_graph(Path(model.path))
     seen = view(graph.graph)
     layers = sensitivities(model, table, samples, rules, progress=progress)
     deciding = thinned(samples, _SAMPLES_TO_DECIDE)
+    reference = _Remembering(Runner(Path(model.path)))
 
     def measured(floats: Collection[str]) -> PlanPoint:
         kept = without(table, seen, floats)
-        sqnr_db = _sqnr_db(model, _simulated(graph, kept, rules), deciding)
+        sqnr_db = _sqnr_db(model, reference, _simulated(graph, kept, rules), deciding)
         point = PlanPoint(float_nodes=_floats(seen, kept), sqnr_db=sqnr_db, size_bytes=stored_bytes(seen, kept))
         if progress:
             progress(f"{len(point.float_nodes)} layers in float: {sqnr_db:.1f} dB, {point.size_bytes} bytes")
         return point
 
+    points = [measured(())]
     floats: list[str] = []
-    curve = [measured(floats)]
-    for layer in layers:
-        if curve[-1].sqnr_db >= budget_db or len(curve[-1].float_nodes) >= most:
+    for layer in _by_noise_per_byte(layers, points[0].size_bytes):
+        if until_db is not None and points[-1].sqnr_db >= until_db:
             break
-        if layer.node not in curve[-1].float_nodes:
-            floats.append(layer.node)
-            curve.append(measured(floats))
-    if curve[-1].sqnr_db < budget_db or len(curve[-1].float_nodes) > most:
-        raise ModelError(_unmet(model, curve, budget_db, most))
-    return PrecisionPlan(
-        budget_db=budget_db, layers=layers, curve=tuple(curve), chosen=_fewest(floats, curve[-1], budget_db, measured)
-    )
+        if layer.node in points[-1].float_nodes:
+            continue
+        floats.append(layer.node)
+        if len(_floats(seen, without(table, seen, floats))) > most:
+            break
+        points.append(measured(floats))
+    return SensitivityCurve(layers=layers, points=tuple(points))
 
 
 def sensitivities(
@@ -108,7 +142,10 @@ def sensitivities(
         progress: called with a sentence, now and then.
     """
     graph = read_graph(Path(model.path))
+    seen = view(graph.graph)
     some = thinned(samples, _SAMPLES_TO_RANK)
+    reference = _Remembering(Runner(Path(model.path)))
+    quantized_bytes = stored_bytes(seen, table)
     found = []
     nodes = [node for node in graph.graph.node if node.name in table.nodes and _has_weights(node.input, table)]
     for index, node in enumerate(nodes):
@@ -117,7 +154,13 @@ def sensitivities(
             nodes=(node.name,),
             activations={name: item for name, item in table.activations.items() if name == node.input[0]},
         )
-        found.append(LayerSensitivity(node=node.name, sqnr_db=_sqnr_db(model, _simulated(graph, alone, rules), some)))
+        found.append(
+            LayerSensitivity(
+                node=node.name,
+                sqnr_db=_sqnr_db(model, reference, _simulated(graph, alone, rules), some),
+                float_bytes=stored_bytes(seen, without(table, seen, (node.name,))) - quantized_bytes,
+            )
+        )
         if progress:
             progress(f"quantizing one layer at a time: {index + 1} of {len(nodes)} layers")
     return tuple(sorted(found, key=lambda item: item.sqnr_db))
@@ -156,23 +199,20 @@ def stored_bytes(seen: View, table: QuantizationTable) -> int:
     return size
 
 
-def _fewest(
-    floats: list[str], reached: PlanPoint, budget_db: float, measured: Callable[[Collection[str]], PlanPoint]
-) -> PlanPoint:
-    """Quantize again what need not be float; the last layer that was left is needed, or the curve had ended before."""
-    for name in floats[:-1]:
-        fewer = [other for other in floats if other != name]
-        point = measured(fewer)
-        if point.sqnr_db >= budget_db:
-            floats, reached = fewer, point
-    return reached
+def _by_noise_per_byte(layers: Collection[LayerSensitivity], quantized_bytes: int) -> list[LayerSensitivity]:
+    fixed = _BYTES_OF_ANY_LAYER * quantized_bytes
+
+    def noise_per_byte(layer: LayerSensitivity) -> float:
+        return float(10 ** (-layer.sqnr_db / 10) / (layer.float_bytes + fixed))
+
+    return sorted(layers, key=noise_per_byte, reverse=True)
 
 
-def _unmet(model: Model, curve: list[PlanPoint], budget_db: float, most: int) -> str:
-    steps = ", ".join(f"{len(point.float_nodes)}: {point.sqnr_db:.1f} dB" for point in curve)
+def _unmet(model: Model, points: Collection[PlanPoint], budget_db: float, most: int) -> str:
+    steps = ", ".join(f"{len(point.float_nodes)}: {point.sqnr_db:.1f} dB" for point in points)
     return (
         f"{model.source} does not reach {budget_db:g} dB on calibration samples with {most} layers in float (layers in "
-        f"float: {steps}); allow more, lower the budget, or choose roundings by -Q rounding=adaround"
+        f"float: {steps}); allow more by -Q max_float_layers=..., or lower the budget"
     )
 
 
@@ -196,10 +236,36 @@ def _simulated(graph: ModelProto, table: QuantizationTable, rules: QuantizationR
     )
 
 
-def _sqnr_db(model: Model, simulated: ModelProto, samples: Samples) -> float:
+class _Remembering:
+    """Answers of the float model, which every comparison of the same samples needs again."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._answers: list[Tensors] = []
+        self._bytes = 0
+
+    def over(self) -> Callable[[Tensors], Tensors]:
+        """Return what answers the same batches from the first on."""
+        places = count()
+
+        def answer(batch: Tensors) -> Tensors:
+            place = next(places)
+            if place < len(self._answers):
+                return self._answers[place]
+            made = self._runner(batch)
+            self._bytes += sum(value.nbytes for value in made.values())
+            # Places would shift if one were left out, so that the first that does not fit is the last that is tried.
+            if place == len(self._answers) and self._bytes <= _MOST_ANSWERS:
+                self._answers.append(made)
+            return made
+
+        return answer
+
+
+def _sqnr_db(model: Model, reference: _Remembering, simulated: ModelProto, samples: Samples) -> float:
     """Return the ratio of the worst output."""
     fidelity = compare(
-        Runner(Path(model.path)),
+        reference.over(),
         # As written: ONNX Runtime's optimiser rounds float weights of its own accord where activations are rounded.
         Runner(simulated.SerializeToString(), is_optimized=False),
         samples.batches(model.inputs),

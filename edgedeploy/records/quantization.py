@@ -98,8 +98,8 @@ class QuantizationPolicy(Record, frozen=True, kw_only=True):
         bias_correction: add what rounding the weights loses on average to the bias.
         equalize: rescale channels of neighbouring layers so that their weights fill the grid alike.
         rounding: each weight to its nearest code, or up or down as reconstructs its layer best on calibration samples.
-        budget_db: leave layers in float, those that hurt most first, until the outputs reach this ratio of signal to
-            quantization noise on calibration samples; None: all layers are quantized.
+        budget_db: leave layers in float, those that hurt most for their bytes first, until the outputs reach this ratio
+            of signal to quantization noise on calibration samples; None: all layers are quantized.
         max_float_layers: where `budget_db` gives up.
         float_layers: names of nodes that stay float in any case.
     """
@@ -107,10 +107,10 @@ class QuantizationPolicy(Record, frozen=True, kw_only=True):
     ranges: Literal["mse", "min-max", "percentile", "entropy"] = "mse"
     percentile: float = 99.99
     bias_correction: bool = True
-    equalize: bool = False
-    rounding: Literal["nearest", "adaround"] = "nearest"
+    equalize: bool = True
+    rounding: Literal["nearest", "adaround"] = "adaround"
     budget_db: float | None = None
-    max_float_layers: int = 8
+    max_float_layers: int = 16
     float_layers: tuple[str, ...] = ()
     seed: int = 0
 

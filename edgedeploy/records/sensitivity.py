@@ -1,15 +1,25 @@
-"""What quantizing each layer costs, and which layers are left in float to meet a budget."""
+"""What quantizing each layer costs, and what layers left in float give: accuracy, size, latency."""
 
 from __future__ import annotations
 
 from edgedeploy.documents import Record
 
+# History of edgedeploy.sensitivity:
+#   1 (0.2.0)  first version
+FORMAT = "edgedeploy.sensitivity/1"
+
 
 class LayerSensitivity(Record, frozen=True, kw_only=True):
-    """The outputs' ratio of signal to quantization noise when one node alone is quantized, on calibration samples."""
+    """What quantizing one node alone costs.
+
+    Attributes:
+        sqnr_db: the outputs' ratio of signal to quantization noise, on calibration samples.
+        float_bytes: how much more the model takes when this node's weights stay float.
+    """
 
     node: str
     sqnr_db: float
+    float_bytes: int
 
 
 class PlanPoint(Record, frozen=True, kw_only=True):
@@ -26,16 +36,69 @@ class PlanPoint(Record, frozen=True, kw_only=True):
     size_bytes: int
 
 
-class PrecisionPlan(Record, frozen=True, kw_only=True):
-    """The smallest set of layers in float that was found to meet a budget.
+class SensitivityCurve(Record, frozen=True, kw_only=True):
+    """What leaving more and more layers in float gives.
 
     Attributes:
-        layers: most sensitive first.
-        curve: what was measured: no layer left in float, the most sensitive one, two ... until the budget was met.
-        chosen: the point that the plan takes.
+        layers: each alone, most sensitive first.
+        points: no layer left in float, then one layer more at each point, by noise for each byte.
+    """
+
+    layers: tuple[LayerSensitivity, ...]
+    points: tuple[PlanPoint, ...]
+
+
+class PrecisionPlan(Record, frozen=True, kw_only=True):
+    """The layers left in float that were found to meet a budget.
+
+    Attributes:
+        layers: each alone, most sensitive first.
+        curve: what was measured: no layer left in float, then one layer more at each point until the budget was met.
+        chosen: the point that the plan takes, the curve's last.
     """
 
     budget_db: float
     layers: tuple[LayerSensitivity, ...]
     curve: tuple[PlanPoint, ...]
     chosen: PlanPoint
+
+
+class SensitivityStep(Record, frozen=True, kw_only=True):
+    """One more layer left in float, on top of those of the steps before.
+
+    Attributes:
+        left: the nodes that this step leaves; empty for the first step, where all layers are quantized. More than one
+            where a layer is read by layers in float only.
+        gain_db: against the step before, 0.0 for the first.
+        size_bytes: of the written .onnx.
+        latency_ratio: to fp32, measured on this machine; None where the target is not this machine.
+    """
+
+    left: tuple[str, ...]
+    sqnr_db: float
+    gain_db: float
+    size_bytes: int
+    latency_ratio: float | None
+
+
+class Sensitivity(Record, frozen=True, kw_only=True):
+    """How accuracy, size and latency change as more layers stay float.
+
+    Attributes:
+        calibration: the set that everything was measured on.
+        method: how the table was made.
+        fp32_bytes: of the float .onnx.
+        layers: each alone, most sensitive first.
+        timing: how the latency ratios were measured, or why they were not.
+    """
+
+    model: str
+    target: str
+    backend: str
+    calibration: str
+    samples: int
+    method: str
+    fp32_bytes: int
+    layers: tuple[LayerSensitivity, ...]
+    steps: tuple[SensitivityStep, ...]
+    timing: str

@@ -367,7 +367,7 @@ def test_markers_are_read_on_both_sides_of_the_folding_limits(width):
     clean, record = absorb(source)
     demand_clean(clean)
     grids = {(grid.bits, grid.axis, grid.block, grid.storage) for grid in record.weights.values()}
-    assert grids == {(8, 0, 0, "integer"), (4, 0, 4, "integer"), (7, 0, 0, "integer"), (16, None, 0, "bfloat16")}
+    assert grids == {(8, 1, 0, "integer"), (4, 0, 4, "integer"), (7, 0, 0, "integer"), (16, None, 0, "bfloat16")}
     assert list(record.dynamic.values()) == [DynamicActivation(bits=8, symmetric=True, per_token=True)]
     assert record.weights[next(iter(record.dynamic))].bits == 4
     assert [values.grid for values in record.activations.values()] == [

@@ -254,6 +254,22 @@ def test_rounded_float_weights_are_eight_bits_that_the_file_stores_as_floats(tmp
     assert layer.zero_weights == int((np.rint(weight / np.float32(0.05)) == 0).sum())
 
 
+def test_integers_that_the_runtime_widens_are_not_called_kept(tmp_path):
+    constants = {"w/integers": np.ones((16, 8), np.int8), "s": np.float32(0.1), "z": np.int8(0), "u": np.uint8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "u"], ["q"], name="round"),
+        helper.make_node("DequantizeLinear", ["q", "s", "u"], ["r"], name="real"),
+        helper.make_node("DequantizeLinear", ["w/integers", "s", "z"], ["w"], name="widen"),
+        helper.make_node("MatMul", ["r", "w"], ["y"], name="product"),
+    ]
+    report = compression_report(save(nodes, {"x": ["n", 16]}, {"y": ["n", 8]}, constants, tmp_path / "m.onnx"))
+    found = FoundCompression(kind="static int8", layers=("product",), detail="")
+    assert statements((found,), report, report)[0].artifact == "kept"
+    (widened,) = statements((found,), report, report, expanded=["w"])
+    assert widened.artifact == "changed"
+    assert "widens their weights to float32" in widened.artifact_reason
+
+
 def test_short_floats_behind_a_cast_are_read_as_short(tmp_path):
     constants = {"w": np.ones((16, 8), np.float16)}
     nodes = [

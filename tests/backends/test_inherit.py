@@ -98,6 +98,12 @@ def test_unsigned_codes_move_by_128():
     assert map_grid(values, RULES["int8", False]) == (grid_of(0.1, -118, -128, 127), True, 0.0)
 
 
+def test_never_negative_tensor_starts_at_the_lowest_code_so_that_a_relu_is_absorbed():
+    values = ActivationRange(low=0.0, high=12.4, origin="trained", grid=grid_of(0.1, 131, 0, 255))
+    assert map_grid(values, RULES["uint8", False]) == (grid_of(0.1, 0, 0, 124), True, 0.0)
+    assert map_grid(values, RULES["int8", False]) == (grid_of(0.1, -128, -128, -4), True, 0.0)
+
+
 def test_asymmetric_grid_under_symmetric_rules_is_scaled_anew():
     values = ActivationRange(low=0.0, high=25.5, origin="trained", grid=grid_of(0.1, 0, 0, 255))
     grid, is_exact, change = map_grid(values, RULES["int8", True])

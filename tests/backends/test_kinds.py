@@ -99,3 +99,12 @@ def test_trained_scales_survive_into_the_runtime(place):
     survival = compiled("PT2E PTQ, XNNPACK", "int8").artifact.survival
     assert survival.largest_relative_change == 0
     assert {fate for entry in survival.entries for fate in entry.stages.values()} <= {"kept", "folded"}
+
+
+@pytest.mark.parametrize("name", ["eager QAT, prepared", "FX QAT, prepared"])
+def test_scales_are_those_that_training_saw(name, place):
+    module = kinds.make(name)
+    trained = {float(part.weight_fake_quant.scale) for part in module.modules() if hasattr(part, "weight_fake_quant")}
+    inputs = [f"{key}={','.join(map(str, shape))}" for key, shape in kinds.KINDS[name][1].items()]
+    found = pipeline.inspect(f"tests.kinds:{kinds.slug(name)}", inputs=inputs)
+    assert {scale for grid in found.quantization.weights.values() for scale in grid.scales} == trained

@@ -275,3 +275,20 @@ def test_the_probe_tells_engines_apart_at_any_size(inputs, outputs, has_bias, na
         assert lowered(model)[0][0].bits == BITS[name]
     finally:
         torch.backends.quantized.engine = before
+
+
+def test_transformer_encoder_is_exported_without_torchs_fused_kernel(tmp_path):
+    from edgedeploy.prepare.dataset import random_samples
+    from edgedeploy.prepare.export import export
+    from edgedeploy.prepare.load import Loaded
+    from edgedeploy.records.model import TensorSpec
+
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    module = quantize_dynamic(nn.TransformerEncoder(layer, 1).eval(), {nn.Linear}, dtype=torch.qint8)
+    inputs = (TensorSpec(name="src", dtype="float32", shape=("n", 6, 16)),)
+    loaded = Loaded(kind="module", program=module, source="encoder", weights_sha256="")
+    before = torch.backends.mha.get_fastpath_enabled()
+    model = export(loaded, inputs, random_samples(inputs, 16, seed=0), tmp_path / "m.onnx")
+    assert len(model.quantization.dynamic) == 2
+    assert torch.backends.mha.get_fastpath_enabled() == before

@@ -361,3 +361,72 @@ def test_numbers_shift_and_stretch_the_grid_as_torchs_kernels_do(number, scale, 
         packed._leave(None, (), ())
     assert (grid.step, grid.zero) == (pytest.approx(wanted.q_scale(), rel=1e-6), wanted.q_zero_point())
     assert apart(got, wanted.dequantize(), wanted.q_scale()).max() <= 1
+
+
+class _Clamped(nn.Module):
+    """A ReLU6 that qnnpack does not fuse, a convolution written as a function, and a linear layer behind a flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = _SameConv(8, 8, 3)
+        self.head = nn.Linear(8 * 16, 5)
+        self.clamp = nn.ReLU6()
+        self.swish = nn.Hardswish()
+
+    def forward(self, image):
+        inner = self.swish(self.second(self.clamp(self.first(image))))
+        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(inner, 4), 1))
+
+
+class _SameConv(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, self.bias, padding="same")
+
+
+@pytest.fixture(scope="module")
+def clamped(tmp_path_factory):
+    """Return what becomes of such a network, from FX to the form for ONNX Runtime."""
+    from edgedeploy.prepare.dataset import random_samples
+    from edgedeploy.prepare.emit import emit
+    from edgedeploy.prepare.export import export
+    from edgedeploy.prepare.inherit import inherited_table
+    from edgedeploy.prepare.load import Loaded
+    from edgedeploy.records.model import TensorSpec
+    from edgedeploy.records.target import QuantizationRules
+
+    folder = tmp_path_factory.mktemp("clamped")
+    _, converted = fx_ptq(seeded(_Clamped), "qnnpack")
+    inputs = (TensorSpec(name="image", dtype="float32", shape=("n", *images(1).shape[1:])),)
+    samples = random_samples(inputs, 16, seed=0)
+    loaded = Loaded(kind="module", program=converted, source="clamped", weights_sha256="")
+    model = export(loaded, inputs, samples, folder / "m.onnx")
+    rules = QuantizationRules(activation_dtype="uint8", activation_symmetric=False)
+    emit(model, inherited_table(model, rules), rules, samples, folder / "q.onnx")
+    return model, inherited_table(model, rules), folder / "q.onnx"
+
+
+def test_clamp_that_integers_cannot_replace_leaves_the_layer_before_it_on_integers(clamped):
+    from edgedeploy.backends.onnxruntime import BACKEND
+
+    report = BACKEND.inspect(clamped[2])
+    assert report.expanded == ()
+    assert sum(name.startswith(("QLinearConv", "QGemm")) for name in report.quantized) == 3
+
+
+def test_scales_around_a_hard_swish_are_found_in_the_runtimes_graph(clamped):
+    from edgedeploy.backends.onnxruntime import BACKEND
+    from edgedeploy.prepare.survival import demand_survival, trace
+
+    model, table, path = clamped
+    demand_survival(trace(model.quantization, table, path, BACKEND.inspect(path)))
+
+
+def test_qnnpack_clamps_channels_last_tensors_as_row_major_ones():
+    from edgedeploy.prepare.plain_torch import plain_torch
+
+    torch.backends.quantized.engine = "qnnpack"
+    x = torch.quantize_per_tensor(images(2), 0.05, 128, torch.quint8).contiguous(memory_format=torch.channels_last)
+    with plain_torch():
+        clamped = nn.functional.relu6(x)
+    assert torch.equal(clamped.dequantize(), nn.functional.relu6(x.dequantize()))

@@ -77,3 +77,26 @@ def test_weights_of_other_widths_are_not_joined():
     nodes = [marker("a", 0, "left"), narrow, helper.make_node("Concat", ["left", "right"], ["y"], axis=0)]
     settled = settle_moves(graph(nodes, parts))
     assert [node.op_type for node in settled.graph.node] == ["DequantizeWeight", "DequantizeWeight", "Concat"]
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_rows_of_an_embedding_that_are_always_the_same_are_picked_from_its_codes(block):
+    rng = np.random.default_rng(0)
+    rows = np.array([2, 0, 5])
+    width = (8 // block,) if block else ()
+    parts = {
+        "w.codes": rng.integers(-8, 8, (6, 8)).astype(np.int8),
+        "w.scale": rng.uniform(0.01, 0.1, (6, *width)).astype(np.float32),
+        "w.zero": np.zeros((6, *width), np.int32),
+    }
+    weights = helper.make_node(
+        "DequantizeWeight", list(parts), ["w"], domain=DOMAIN, axis=0, block=block, bits=4 if block else 8
+    )
+    pick = helper.make_node("Gather", ["w", "rows"], ["y"])
+    settled = settle_moves(graph([weights, pick], parts | {"rows": rows}))
+    (only,) = settled.graph.node
+    values = {item.name: numpy_helper.to_array(item) for item in settled.graph.initializer}
+    codes, scale, _ = (values[name] for name in only.input)
+    assert np.array_equal(codes, parts["w.codes"][rows])
+    assert np.array_equal(scale, parts["w.scale"][rows])
+    assert {item.name: item.i for item in only.attribute} == {"axis": 0, "block": block, "bits": 4 if block else 8}

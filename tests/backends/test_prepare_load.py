@@ -50,7 +50,7 @@ def test_factory_is_called_and_put_into_evaluation_mode(capfd):
         ("tiny_nets:residul", ModelError, "has no 'residul'; did you mean \"residual\""),
         ("tiny_nests:residual", ModelError, "no Python module 'tiny_nests'"),
         ("tiny_nets:broken", ModelError, "RuntimeError: the factory's own words"),
-        ("tiny_nets:no_module", ModelError, "returned a dict; it must return a torch.nn.Module"),
+        ("tiny_nets:no_module", ModelError, "returned a value of type dict; it must return a torch.nn.Module"),
         ("tiny_nets:HERE", ModelError, "has no 'HERE'"),
         ("tiny_nets:", UsageError, "not package.module:factory"),
         ("nonsense", UsageError, "no model that edgedeploy knows"),

@@ -25,7 +25,7 @@ from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.quantize import quantize
 from edgedeploy.prepare.quantized_set import quantized_set
 from edgedeploy.prepare.rounding import input_moments, row_places
-from edgedeploy.prepare.sensitivity import plan, sensitivities, without
+from edgedeploy.prepare.sensitivity import curve, plan, sensitivities, without
 from edgedeploy.prepare.simplify import simplify
 from edgedeploy.prepare.statistics import statistics, thinned
 from edgedeploy.records.model import TensorSpec
@@ -35,8 +35,8 @@ from edgedeploy.records.target import QuantizationRules
 ASYMMETRIC = QuantizationRules(activation_dtype="int8", activation_symmetric=False)
 SYMMETRIC = QuantizationRules(activation_dtype="int8", activation_symmetric=True)
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 3, 12, 12))
-NEAREST = QuantizationPolicy()
-CHOSEN = QuantizationPolicy(rounding="adaround")
+NEAREST = QuantizationPolicy(rounding="nearest")
+CHOSEN = QuantizationPolicy()
 
 
 class Network(nn.Module):
@@ -303,7 +303,7 @@ def test_most_sensitive_layer_is_the_one_that_was_made_so(samples, tmp_path):
         module[2].weight[:, 0] = 300
     exported = export(Loaded("module", "uneven", module), [IMAGE], samples, tmp_path / "e.onnx")
     uneven = simplify(exported, samples, tmp_path / "s.onnx")
-    table = quantize(uneven, samples, ASYMMETRIC, QuantizationPolicy(bias_correction=False))
+    table = quantize(uneven, samples, ASYMMETRIC, QuantizationPolicy(bias_correction=False, rounding="nearest"))
     layers = sensitivities(uneven, table, samples, ASYMMETRIC)
     convolutions = [node.name for node in read_graph(Path(uneven.path)).graph.node if node.op_type == "Conv"]
     assert layers[0].node == convolutions[1]
@@ -319,9 +319,45 @@ def test_budget_decides_what_is_left_in_float(model, samples, tables, tmp_path):
     met = plan(model, tables["nearest"], samples, ASYMMETRIC, budget_db=1, most=0)
     assert met.chosen.float_nodes == ()
     budget = met.chosen.sqnr_db + 1
-    table = quantize(model, samples, ASYMMETRIC, QuantizationPolicy(budget_db=budget))
+    said = []
+    policy = QuantizationPolicy(rounding="nearest", budget_db=budget)
+    table = quantize(model, samples, ASYMMETRIC, policy, progress=said.append)
+    (note,) = [text for text in said if "stay float" in text]
+    left = {node for node in tables["nearest"].nodes if f" {node}" in note} & set(note.replace(",", " ").split())
+    assert left
+    assert not left & set(table.nodes)
+    assert f"({met.chosen.sqnr_db:.1f} dB without" in note
     assert 0 < len(table.weights) < len(tables["nearest"].weights)
     assert sqnr_db(model, table, ASYMMETRIC, 7, tmp_path) > sqnr_db(model, tables["nearest"], ASYMMETRIC, 7, tmp_path)
+
+
+def test_layer_whose_weights_are_the_model_is_the_last_to_stay_float(samples, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten(),
+        nn.Linear(400, 700),
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # the head is the noisiest: a step of its grid is as large as most of its weights
+        module[6].weight[:, 0] = 40 * module[6].weight.std()
+    exported = export(Loaded("module", "headed", module), [IMAGE], samples, tmp_path / "e.onnx")
+    headed = simplify(exported, samples, tmp_path / "s.onnx")
+    table = quantize(headed, samples, ASYMMETRIC, NEAREST)
+    (head,) = [node.name for node in read_graph(Path(headed.path)).graph.node if node.op_type == "Gemm"]
+    found = curve(headed, table, samples, ASYMMETRIC, until_db=None, most=4)
+    assert found.layers[0].node == head
+    assert found.layers[0].float_bytes > 3 * 400 * 700 - 4 * 700 - 1
+    assert [head in point.float_nodes for point in found.points] == [False] * (len(found.points) - 1) + [True]
+    assert [len(point.float_nodes) for point in found.points] == sorted({len(p.float_nodes) for p in found.points})
+
+
+def test_curve_ends_where_a_budget_is_met_or_no_more_layers_may_stay_float(model, samples, tables):
+    ends = {
+        (until, most): curve(model, tables["nearest"], samples, ASYMMETRIC, until_db=until, most=most).points
+        for until, most in ((None, 0), (1.0, 6), (None, 2))
+    }
+    assert len(ends[None, 0]) == len(ends[1.0, 6]) == 1
+    assert 1 < len(ends[None, 2])
+    assert len(ends[None, 2][-1].float_nodes) <= 2
 
 
 def test_budget_that_cannot_be_met_says_what_was_reached(model, samples):

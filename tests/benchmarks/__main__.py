@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks            all
     python -m tests.benchmarks NAME...    some
+    python -m tests.benchmarks NAME -- --labelled SET.npz    one, with options of its own
 
 Figures are ratios or counts measured side by side in one run; nothing here asserts a time.
 """
@@ -16,7 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = ROOT / "bench_results" / "figures"
 # In the order of how long they take; the first needs the quietest machine least.
-NAMES = ("help_time", "second_compile", "plain_loop", "efficientnet_lite0", "gate_error_rates", "gate_on_local")
+NAMES = (
+    "help_time",
+    "second_compile",
+    "plain_loop",
+    "efficientnet_lite0",
+    "mobilenet_v2",
+    "calibration_memory",
+    "gate_error_rates",
+    "gate_on_local",
+)
 
 
 def cpu_model() -> str:
@@ -27,13 +37,13 @@ def cpu_model() -> str:
     return platform.processor()
 
 
-def main(names: tuple[str, ...]) -> int:
-    """Run the benchmarks and return the number of those that failed."""
+def main(names: tuple[str, ...], options: tuple[str, ...]) -> int:
+    """Run the benchmarks, each with these options, and return the number of those that failed."""
     failed = 0
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name in names:
         print(f"== {name}", flush=True)
-        command = [sys.executable, "-m", f"tests.benchmarks.{name}"]
+        command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout)
         if done.returncode != 0:
@@ -41,7 +51,10 @@ def main(names: tuple[str, ...]) -> int:
             continue
         document = {
             "format": "edgedeploy.figures/1",
-            "command": f"python -m tests.benchmarks {name}",
+            # Where a file lies on this machine says nothing to others.
+            "command": " ".join(
+                ["python -m tests.benchmarks", name, *(["--"] if options else []), *(Path(one).name for one in options)]
+            ),
             "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "machine": f"{cpu_model()}, {platform.machine()}, Python {platform.python_version()}",
             "figures": json.loads(done.stdout),
@@ -51,4 +64,6 @@ def main(names: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tuple(sys.argv[1:]) or NAMES))
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    sys.exit(main(tuple(given[:end]) or NAMES, tuple(given[end + 1 :])))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tests.benchmarks.photographs import main
 
-# What the layers in float are chosen for, on calibration samples.
+# What the layers in float are chosen for, on calibration samples; 3 to 4 dB less are left on other photographs.
 BUDGETS_DB = {
-    "ARM, int8 asymmetric": (26.0, 29.0),
-    "x86 with VNNI, uint8": (26.0, 29.0),
-    "TensorRT, int8 symmetric": (20.0, 25.0),
+    "ARM, int8 asymmetric": (28.0, 29.5),
+    "x86 with VNNI, uint8": (29.5,),
+    "TensorRT, int8 symmetric": (22.0, 25.0),
 }
 
 

@@ -115,8 +115,9 @@ package.nets:small
   sparsity      2:4 in 1 of 4 layers, unstructured in 1 of 4 layers
 
 Compression
-pruning masks in 2 layers: l1_unstructured; masks multiplied into the weights
-  ONNX  kept  zeros among the weights in 2 of 2 layers
+pruning masks in 2 layers
+  source        l1_unstructured; masks multiplied into the weights
+  ONNX    kept  zeros among the weights in 2 of 2 layers
 weight-only int4 in 1 layer
   ONNX      kept     4-bit weights in 1 of 1 layer
   artifact  changed  4 bits in the file, but expanded to float32 in memory in 1

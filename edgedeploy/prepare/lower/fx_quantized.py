@@ -126,6 +126,7 @@ def _converted(module: GraphModule) -> GraphModule:
 
     from edgedeploy.prepare.lower import eager_quantized
 
+    eager_quantized.keep_trained_scales(module)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
