@@ -41,6 +41,7 @@ from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, drop_unused_constants, read_graph, view, write_graph
 from edgedeploy.prepare.grid import ActivationGrid
+from edgedeploy.prepare.stay_float import keep_float
 from edgedeploy.records.model import Fidelity, Model
 from edgedeploy.records.quantization import QuantizationTable, WeightQuantization
 from edgedeploy.records.target import QuantizationRules
@@ -104,9 +105,12 @@ def emit(
     graph = read_graph(Path(model.path))
     notes: list[str] = []
     _rewrite(graph, table, rules, allow_change=allow_change, note=notes.append)
-    write_graph(graph, out)
+    guarded = keep_float(graph)
+    # A back end that wants float biases is not ONNX Runtime, which alone needs the guard and checks the form here.
+    write_graph(guarded if rules.bias == "int32" else graph, out)
     written = _compare(model, exact_here(graph) or out, samples, "int8 as written", is_optimized=False)
-    run = _compare(model, out, samples, "int8 on integer kernels", is_optimized=True)
+    checked = out if rules.bias == "int32" else guarded.SerializeToString()
+    run = _compare(model, checked, samples, "int8 on integer kernels", is_optimized=True)
     _demand_kept_meaning(model, written, run)
     return Emitted(_written(model, out, written, run), tuple(notes))
 

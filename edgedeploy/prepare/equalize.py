@@ -7,6 +7,10 @@ Weight Equalization and Bias Correction", section 4.1). Weights here have a grid
 the activations that gain: factors come from what the channels are seen to hold, and a loud channel keeps factor 1,
 which never makes a weight larger.
 
+How loud a channel is, is known from few samples, and a channel that grows to fill a range on these leaves it on others.
+Before, one loud channel out of hundreds gave all of them room. So a channel is taken for louder than it was seen, by as
+much as two halves of the samples disagree about it.
+
 Tensors are tied in groups with one vector of factors: a Relu, a pool or a residual sum has that of what it reads. A
 Clip does not commute where its cap binds. Channels that stay below it on calibration samples do not on others: letting
 them grow towards the cap cost 100 dB of EfficientNet-Lite0's float accuracy, so that a Clip ends a group.
@@ -45,6 +49,10 @@ _COMMUTING = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"
 _LARGEST_GAIN = 64.0
 # A channel with less than this part of the loudest one's values holds nothing, and is left alone.
 _DEAD = 1e-6
+# A channel whose largest values in two halves of the samples have the ratio u is taken for u to this power louder than
+# it was seen. An MLP of 640 channels, 64 samples, scored on others, without equalization 35.8 dB: 0: 19.6 dB, 1: 27.7,
+# 2: 34.4, 3: 36.2. A small CNN, symmetric, without 48.9 dB: 1: 51.4, 2: 50.9, 3: 50.4 (4 times for all: 49.2).
+_DOUBT = 3
 # Float rounding of rescaled weights; seen: 118 dB.
 _SMALLEST_SQNR_DB = 60.0
 
@@ -172,7 +180,7 @@ def _is_commuting(node: NodeProto, live: list[str], seen: View, ranks: Mapping[s
 
 
 def _peaks(model: Model, samples: Samples, tensors: list[str], progress: Progress | None) -> dict[str, Floats]:
-    """Return the largest |value| of each channel (axis 1) of tensors over all samples."""
+    """Return the largest |value| of each channel (axis 1) of tensors, over two halves of the samples: shape (2, C)."""
     from onnx import helper, numpy_helper
 
     graph = bare(model)
@@ -188,12 +196,15 @@ def _peaks(model: Model, samples: Samples, tensors: list[str], progress: Progres
         graph.graph.node.append(peak)
         graph.graph.output.append(helper.make_tensor_value_info(f"{tensor}/peaks", 1, None))
     runner = Runner(graph.SerializeToString())
-    peaks = {tensor: np.zeros(1) for tensor in tensors}
+    peaks = {tensor: np.zeros((2, 1)) for tensor in tensors}
     done = 0
-    for batch in small_batches(samples, model):
+    for number, batch in enumerate(small_batches(samples, model)):
         for name, values in runner(batch).items():
             tensor = name.removesuffix("/peaks")
-            peaks[tensor] = np.maximum(peaks[tensor], values.astype(np.float64))
+            # Every other batch is one half, so that both see all parts of a set that is in some order.
+            larger = np.broadcast_to(peaks[tensor], (2, len(values))).copy()
+            larger[number % 2] = np.maximum(larger[number % 2], values)
+            peaks[tensor] = larger
         done += len(next(iter(batch.values())))
         if progress:
             progress(f"measuring channels: {done} of {samples.count} samples")
@@ -207,14 +218,25 @@ def _factors(tied: _Tied, peaks: Mapping[str, Floats]) -> dict[str, Floats]:
         groups.setdefault(tied.find(tensor), []).append(tensor)
     factors: dict[str, Floats] = {}
     for tensors in groups.values():
-        if len({len(peaks[tensor]) for tensor in tensors}) > 1:  # a sum that broadcasts its channels
+        if len({peaks[tensor].shape for tensor in tensors}) > 1:  # a sum that broadcasts its channels
             continue
         # Each tensor says how its channels compare; a channel is as loud as in the tensor that it fills most.
-        parts = [peaks[tensor] / max(float(peaks[tensor].max()), np.finfo(np.float64).tiny) for tensor in tensors]
-        loudness = np.max(parts, axis=0)
+        loudness = np.max([_loudness(peaks[tensor]) for tensor in tensors], axis=0)
         shared = np.where(loudness < _DEAD, 1.0, np.maximum(loudness, 1 / _LARGEST_GAIN))
         factors.update(dict.fromkeys(tensors, shared))
     return factors
+
+
+def _loudness(halves: Floats) -> Floats:
+    """Return how loud channels are beside the loudest, in [0, 1], from their largest values in two halves."""
+    tiny = np.finfo(np.float64).tiny
+    peaks = halves.max(axis=0)
+    is_live = peaks > _DEAD * peaks.max()
+    # A channel that one half never saw has nothing to be compared with, and is taken for the loudest.
+    doubt = np.where(is_live, peaks / np.maximum(halves.min(axis=0), peaks / _LARGEST_GAIN + tiny), 1.0)
+    # By chance two halves may agree about one channel, hardly about most of them.
+    doubt = np.maximum(doubt, np.median(doubt[is_live])) if is_live.any() else doubt
+    return np.asarray(np.minimum(peaks / max(float(peaks.max()), tiny) * doubt**_DOUBT, 1.0), np.float64)
 
 
 def _rescale(graph: ModelProto, factors: Mapping[str, Floats]) -> None:

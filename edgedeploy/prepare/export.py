@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from edgedeploy.documents import closest
 from edgedeploy.errors import FidelityError, ModelError, UsageError
@@ -21,13 +20,14 @@ from edgedeploy.prepare.absorb import absorb, short_float_weights
 from edgedeploy.prepare.compression import compression_report
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.fidelity import compare
-from edgedeploy.prepare.graph import Runner, opset_of, read_graph, specs_of, stamp_oldest, write_graph
+from edgedeploy.prepare.graph import Runner, opset_of, read_graph, specs_of, write_graph
 from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.lower import lower_module, lower_program
 from edgedeploy.prepare.lower.half_floats import float_dtype
 from edgedeploy.prepare.markers import translations
 from edgedeploy.prepare.plain_torch import plain_attention, plain_torch
 from edgedeploy.prepare.recognize import found_in_onnx
+from edgedeploy.prepare.reference import source_run, stop_observers
 from edgedeploy.prepare.replay import replay
 from edgedeploy.prepare.silence import silenced
 from edgedeploy.records.model import Fidelity, FoundCompression, Model, TensorSpec
@@ -92,18 +92,21 @@ def export(loaded: Loaded, inputs: Sequence[TensorSpec] | None, samples: Samples
             weights = short_float_weights(graph, storage) | own.weights
             quantization = msgspec.structs.replace(own, weights=weights)
     write_graph(graph, out)
-    with torch.no_grad(), plain_attention(), silenced("comparison with PyTorch"):
-        fidelity = compare(
-            traced.reference,
-            _candidate(graph, quantization),
-            samples.batches(traced.inputs, FIDELITY_SAMPLES),
-            names=("PyTorch", _form(quantization)),
-            sample_source=samples.name,
-        )
-    _demand_faithful(
-        loaded, fidelity, found, quantization, lambda: _own_noise(graph, quantization, traced.inputs, samples)
+    model = _model(loaded, out, traced.inputs, found, quantization)
+    return _proven(loaded, model, graph, samples, "PyTorch")
+
+
+def _proven(loaded: Loaded, model: Model, graph: ModelProto, samples: Samples, source: str) -> Model:
+    """Compare a canonical form with its source, and note how far it lies from it."""
+    fidelity = compare(
+        source_run(loaded, model),
+        _candidate(graph, model.quantization),
+        samples.batches(model.inputs, FIDELITY_SAMPLES),
+        names=(source, _form(model.quantization)),
+        sample_source=samples.name,
     )
-    return _model(loaded, out, traced.inputs, fidelity, found, quantization)
+    _demand_faithful(loaded, model, fidelity, lambda: _own_noise(graph, model, samples))
+    return msgspec.structs.replace(model, fidelity=(fidelity,))
 
 
 def _candidate(graph: ModelProto, quantization: SourceQuantization | None) -> Runner:
@@ -111,15 +114,13 @@ def _candidate(graph: ModelProto, quantization: SourceQuantization | None) -> Ru
     return Runner(whole.SerializeToString(), is_optimized=quantization is None)
 
 
-def _own_noise(
-    graph: ModelProto, quantization: SourceQuantization | None, inputs: Sequence[TensorSpec], samples: Samples
-) -> Fidelity:
+def _own_noise(graph: ModelProto, model: Model, samples: Samples) -> Fidelity:
     """Compare a quantized graph with itself, computed by a runtime that sums in another order."""
-    whole = (replay(graph, quantization) if quantization else graph).SerializeToString()
+    whole = (replay(graph, model.quantization) if model.quantization else graph).SerializeToString()
     return compare(
         Runner(whole, is_optimized=False),
         Runner(whole, is_optimized=True),
-        samples.batches(inputs, FIDELITY_SAMPLES),
+        samples.batches(model.inputs, FIDELITY_SAMPLES),
         names=("as written", "as optimised"),
         sample_source=samples.name,
     )
@@ -143,14 +144,12 @@ class _Traced:
     Attributes:
         inputs: in the order of the program's placeholders.
         outputs: names, in the order of the program's outputs.
-        reference: named inputs → named outputs, computed by PyTorch with the model as it was given.
         found: what compression was recognised, and lowered, in the module.
     """
 
     program: ExportedProgram
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
-    reference: Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
     found: tuple[FoundCompression, ...] = ()
 
 
@@ -167,7 +166,7 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
     names = [spec.name for spec in inputs]
     short = float_dtype(module)
     # Before it runs for the first time: what observers have seen is part of a prepared model.
-    _stop_observers(module)
+    stop_observers(module)
     lowered, found = lower_module(_copy(loaded, module))
 
     def call(tensors: Mapping[str, Tensor]) -> Any:
@@ -199,21 +198,7 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
 
     _demand_named_axes(loaded, program, inputs)
 
-    def reference(batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        tensors = {name: torch.from_numpy(batch[name]) for name in names}
-        return {name: leaf.numpy() for name, leaf in zip(outputs, _leaves(call(tensors)), strict=True)}
-
-    return _Traced(program, inputs, outputs, reference, found)
-
-
-def _stop_observers(module: nn.Module) -> None:
-    """Keep trained ranges as they are: fake quantization goes on observing in evaluation mode."""
-    import torch
-
-    for part in module.modules():
-        flag = getattr(part, "observer_enabled", None)
-        if isinstance(flag, torch.Tensor):
-            flag.zero_()
+    return _Traced(program, inputs, outputs, found)
 
 
 def _copy(loaded: Loaded, module: nn.Module) -> nn.Module:
@@ -270,7 +255,6 @@ def _demand_named_axes(loaded: Loaded, program: ExportedProgram, inputs: Sequenc
 
 def _adopt(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Samples) -> _Traced:
     """Take a program that was exported elsewhere; its shapes are fixed in it."""
-    import torch
     from torch.utils import _pytree as pytree
 
     program: ExportedProgram = loaded.program
@@ -292,11 +276,7 @@ def _adopt(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Samples)
         ) from error
     outputs = _output_names(loaded, answer)
 
-    def reference(batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        answer = call([torch.from_numpy(batch[spec.name]) for spec in inputs])
-        return {name: leaf.numpy() for name, leaf in zip(outputs, _leaves(answer), strict=True)}
-
-    return _Traced(program, inputs, outputs, reference)
+    return _Traced(program, inputs, outputs)
 
 
 def _in_forward_order(module: nn.Module, given: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], bool]:
@@ -351,14 +331,6 @@ def _output_names(loaded: Loaded, answer: Any) -> tuple[str, ...]:
     if not names:
         raise ModelError(f"{loaded.source} returns nothing; its forward must return tensors")
     return tuple(names)
-
-
-def _leaves(answer: Any) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
-    leaves = [leaf.detach().dequantize() if leaf.is_quantized else leaf.detach() for leaf in pytree.tree_leaves(answer)]
-    # Short floats are compared in float32: numpy has no bfloat16.
-    return [leaf.float().contiguous() if leaf.is_floating_point() else leaf.contiguous() for leaf in leaves]
 
 
 def _converted(loaded: Loaded, program: ExportedProgram, traced: _Traced) -> ModelProto:
@@ -487,30 +459,13 @@ def _export_onnx(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Sa
                 size.dim_value = wanted
     graph, quantization = absorb(graph)
     write_graph(graph, out)
-    reference = onnx.ModelProto()
-    reference.CopyFrom(original)
-    stamp_oldest(reference)
-    fidelity = compare(
-        # As it is written: a runtime's optimiser may change what a quantized graph computes.
-        Runner(reference.SerializeToString(), is_optimized=quantization is None),
-        _candidate(graph, quantization),
-        samples.batches(inputs, FIDELITY_SAMPLES),
-        names=(loaded.source, _form(quantization)),
-        sample_source=samples.name,
-    )
-    found = found_in_onnx(quantization)
-    _demand_faithful(loaded, fidelity, found, quantization, lambda: _own_noise(graph, quantization, inputs, samples))
-    return _model(loaded, out, inputs, fidelity, found, quantization)
+    model = _model(loaded, out, inputs, found_in_onnx(quantization), quantization)
+    return _proven(loaded, model, graph, samples, loaded.source)
 
 
-def _demand_faithful(
-    loaded: Loaded,
-    fidelity: Fidelity,
-    found: Sequence[FoundCompression],
-    quantization: SourceQuantization | None,
-    own_noise: Callable[[], Fidelity],
-) -> None:
-    allowed = max([MAX_RELATIVE, *(_MAX_RELATIVE_SHORT.get(item.kind, 0.0) for item in found)])
+def _demand_faithful(loaded: Loaded, model: Model, fidelity: Fidelity, own_noise: Callable[[], Fidelity]) -> None:
+    allowed = max([MAX_RELATIVE, *(_MAX_RELATIVE_SHORT.get(item.kind, 0.0) for item in model.kinds)])
+    quantization = model.quantization
     has_grids = quantization is not None and bool(quantization.activations or quantization.dynamic)
     for output in fidelity.outputs:
         if output.max_relative <= allowed:
@@ -533,7 +488,6 @@ def _model(
     loaded: Loaded,
     out: Path,
     inputs: Sequence[TensorSpec],
-    fidelity: Fidelity,
     found: tuple[FoundCompression, ...],
     quantization: SourceQuantization | None,
 ) -> Model:
@@ -551,7 +505,6 @@ def _model(
         ),
         outputs=specs_of(graph.graph.output),
         compression=compression_report(out, table=quantization),
-        fidelity=(fidelity,),
         kinds=found,
         quantization=quantization,
     )

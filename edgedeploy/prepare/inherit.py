@@ -92,8 +92,8 @@ def map_grid(values: ActivationRange, rules: QuantizationRules) -> tuple[Grid, b
     """Return the grid of an activation under a target's rules, kept where the rules allow it.
 
     - The other type of eight bits: the same scale, all codes moved by 128.
-    - A tensor that is never negative, where asymmetric is wanted: the same scale, zero-point at the lowest code, so that
-      integers cannot become negative and a Relu before them has nothing left to do.
+    - A tensor that is never negative, where asymmetric is wanted: the same scale, zero-point at the lowest code, so
+      that integers cannot become negative and a Relu before them has nothing left to do.
     - A symmetric grid of a tensor that is never negative, where asymmetric is wanted: half the scale, zero-point at the
       lowest code. Every trained value stays a value of the grid (trained code c is code 2c above the zero-point), and
       the codes that were never used halve the rounding error.
@@ -120,8 +120,8 @@ def map_grid(values: ActivationRange, rules: QuantizationRules) -> tuple[Grid, b
         half = np.float32(trained.scale) / np.float32(2)
         if used <= highest - lowest and np.float32(2) * half == np.float32(trained.scale):
             return Grid(scale=float(half), zero_point=lowest, low_code=lowest, high_code=highest), True, 0.0
-    trained = used_codes(values)
-    assert trained is not None, "looked at above"
+    if not rules.activation_symmetric:
+        trained = used_codes(values) or trained
     shift = _shift(trained, lowest, highest, is_symmetric=rules.activation_symmetric)
     if shift is not None:
         moved = Grid(

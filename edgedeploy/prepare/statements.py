@@ -118,13 +118,17 @@ def _statement(
 ) -> KindStatement:
     names = tuple(dict.fromkeys(name for one in found for name in one.layers))
     details = dict.fromkeys(text for one in found for text in (one.detail, one.lowering) if text)
-    onnx, onnx_reason = _in_canonical(kind, names, all(one.is_kept for one in found), canonical, len(found))
+    shown: CompressionKind = kind
+    if kind == "QAT int8" and not _holding(kind, canonical):
+        # torchao trains for activations that are quantized anew in each inference, torch.ao for fixed grids.
+        shown = "dynamic int8"
+    onnx, onnx_reason = _in_canonical(shown, names, all(one.is_kept for one in found), canonical, len(found))
     fate: Fate | None = None
     reason = ""
     if artifact is not None:
         fate, reason = "lost", "not in the ONNX either"
         if onnx != "lost":
-            fate, reason = _kept(kind, names, canonical, artifact, expanded)
+            fate, reason = _kept(shown, names, canonical, artifact, expanded)
         if fate == "kept" and survival_notes:
             fate, reason = "changed", f"{reason}, but not every trained scale came through as it was"
     notes = [*(one.note for one in found if one.note), *(survival_notes if artifact is not None else ())]

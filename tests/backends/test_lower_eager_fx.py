@@ -369,7 +369,7 @@ class _Clamped(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = _SameConv(8, 8, 3)
+        self.second = _WrittenOut(8, 8, 3, padding=1)
         self.head = nn.Linear(8 * 16, 5)
         self.clamp = nn.ReLU6()
         self.swish = nn.Hardswish()
@@ -379,9 +379,9 @@ class _Clamped(nn.Module):
         return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(inner, 4), 1))
 
 
-class _SameConv(nn.Conv2d):
+class _WrittenOut(nn.Conv2d):
     def forward(self, x):
-        return nn.functional.conv2d(x, self.weight, self.bias, padding="same")
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @pytest.fixture(scope="module")

@@ -345,7 +345,8 @@ def test_layer_whose_weights_are_the_model_is_the_last_to_stay_float(samples, tm
     (head,) = [node.name for node in read_graph(Path(headed.path)).graph.node if node.op_type == "Gemm"]
     found = curve(headed, table, samples, ASYMMETRIC, until_db=None, most=4)
     assert found.layers[0].node == head
-    assert found.layers[0].float_bytes > 3 * 400 * 700 - 4 * 700 - 1
+    # Four bytes a weight instead of one; no scale for each channel, and none for each integer of the bias.
+    assert found.layers[0].float_bytes == 3 * 400 * 700 - 2 * 4 * 700
     assert [head in point.float_nodes for point in found.points] == [False] * (len(found.points) - 1) + [True]
     assert [len(point.float_nodes) for point in found.points] == sorted({len(p.float_nodes) for p in found.points})
 
@@ -356,7 +357,7 @@ def test_curve_ends_where_a_budget_is_met_or_no_more_layers_may_stay_float(model
         for until, most in ((None, 0), (1.0, 6), (None, 2))
     }
     assert len(ends[None, 0]) == len(ends[1.0, 6]) == 1
-    assert 1 < len(ends[None, 2])
+    assert len(ends[None, 2]) > 1
     assert len(ends[None, 2][-1].float_nodes) <= 2
 
 

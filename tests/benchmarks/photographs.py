@@ -86,9 +86,6 @@ def crops(files, count, seed, normalise):
 
 
 POLICIES = {
-    "min-max, no correction": QuantizationPolicy(
-        ranges="min-max", bias_correction=False, rounding="nearest", equalize=False
-    ),
     "MSE ranges, bias correction": QuantizationPolicy(rounding="nearest", equalize=False),
     "default": QuantizationPolicy(),
 }
