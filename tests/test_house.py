@@ -25,12 +25,16 @@ HEAVY = (
     "paramiko",
     "jinja2",
     "safetensors",
+    "sklearn",
+    "torchao",
 )
 VERBS = [
     "init",
     "doctor",
     "inspect",
     "compile",
+    "sensitivity",
+    "verify",
     "bench",
     "compare",
     "gate",

@@ -34,7 +34,7 @@ Examples:
     multiple=True,
     metavar="KEY=VALUE",
     help="How a float model is quantized: ranges=mse|min-max|percentile|entropy, percentile, bias_correction, "
-    "equalize, rounding=nearest|adaround, budget_db, max_float_layers, float_layers, seed; repeatable.",
+    "equalize, rounding=nearest|adaround, budget_db, max_float_layers, float_layers; repeatable.",
 )
 @click.option("--allow-loss", is_flag=True, help="Build also what loses compression, and say what.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR")

@@ -21,6 +21,7 @@ behind the clamp, where engines fuse it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 _SHORT_FLOATS = {"float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "float8e4m3fn"}
+# What forms of ours and of ONNX Runtime's quantizers append to the name of weights that they store.
+_STORED = re.compile(r"(_quantized|/integers|/packed/codes|/float16|/bfloat16|/float8e4m3fn)$")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 _QUANTIZED_BEGINNINGS = ("QLinear", "QGemm", "QMoE", "QAttention", "QEmbed", "QOrdered", "DynamicQuantize")
 _QUANTIZED_ENDINGS = ("Integer", "IntegerToFloat", "NBits", "Bnb4", "BlockQuantized", "BFP", "FpQ4", "QuantizeLinear")
@@ -68,7 +71,8 @@ def absorb(graph: ModelProto) -> tuple[ModelProto, SourceQuantization | None]:
     Raises:
         ModelError: a quantized node that cannot be read, named, with what to do.
     """
-    if not _is_quantized(graph.graph.node) and not any(_is_quantized(item.node) for item in graph.functions):
+    is_quantized = _is_quantized(graph.graph.node) or any(_is_quantized(item.node) for item in graph.functions)
+    if not is_quantized and not _widens_weights(graph):
         return graph, None
     from onnx import ModelProto, inliner
 
@@ -113,6 +117,16 @@ def _fits(value: Array, storage: str) -> bool:
 
 def _is_quantized(nodes: Iterable[NodeProto]) -> bool:
     return any(_quantizes(node) or _is_quantized(inner(node)) for node in nodes)
+
+
+def _widens_weights(graph: ModelProto) -> bool:
+    """Whether weights are stored in 16-bit floats and widened to float32, as `emit.shorten` stores them."""
+    short = {item.name for item in graph.graph.initializer if item.data_type in (10, 16) and len(item.dims) > 1}
+    return any(_is_widening(node) and node.input[0] in short for node in graph.graph.node)
+
+
+def _is_widening(node: NodeProto) -> bool:
+    return node.op_type == "Cast" and not node.domain and attributes(node)["to"] == 1
 
 
 def _quantizes(node: NodeProto) -> bool:
@@ -169,6 +183,8 @@ class _Reader(CleanGraph):
             self.dynamic[node.output[0]] = DynamicActivation(
                 bits=settings["bits"], symmetric=bool(settings["symmetric"]), per_token=bool(settings["per_token"])
             )
+        elif _is_widening(node) and (codes := self._short_weights(node.input[0])) is not None:
+            self._store_float(node, codes, np.ones((), np.float32), -1)
         elif _quantizes(node):
             raise refusal(node, "it is an operator that is not known here; export the model in Q/DQ form")
         else:
@@ -335,6 +351,11 @@ class _Reader(CleanGraph):
             is_signed=is_signed,
         )  # fmt: skip
 
+    def _short_weights(self, name: str) -> Array | None:
+        """Return weights that are stored in 16-bit floats, None for anything else."""
+        value = self.seen.constants.get(name)
+        return value if value is not None and value.ndim > 1 and value.dtype.name in ("float16", "bfloat16") else None
+
     def _store_float(self, node: NodeProto, codes: Array, scale: Array, axis: int) -> None:
         """Store weights that were short floats."""
         axis = axis if scale.size > 1 else -1
@@ -387,7 +408,7 @@ class _Reader(CleanGraph):
         if (read, key) not in self.stored:
             # What a node of the source computes from constants keeps its name until nothing reads it.
             is_sole = len(self.seen.consumers.get(read, ())) == 1 and not {read} & {*self.names, *self.seen.producers}
-            base = read.removesuffix("_quantized") if is_sole else node.output[0]
+            base = _STORED.sub("", read) if is_sole else node.output[0]
             free = base == node.output[0] or (base == read and is_sole) or base not in self.taken
             name = base if free and base not in self.made else str(node.output[0])
             self.taken.add(name)

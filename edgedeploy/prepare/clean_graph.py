@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+# From this version on, onnx's reference implementation knows QuantizeLinear and DequantizeLinear. What 10 to 18 say of
+# them is contained in it (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html, differences of versions).
+_OLDEST_EVALUATED = {"QuantizeLinear": 19, "DequantizeLinear": 19}
 # Operators that only move values: what they read and write has one grid.
 MOVES = {
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Slice", "Gather", "Identity", "Expand",
@@ -85,6 +88,7 @@ class CleanGraph:
         activations: tensor of the result → grid.
         branches: (tensor, grid) → the tensor that has this grid where the tensor itself does not.
         made: new initializers.
+        varying: tensors of the source that depend on its inputs, or that no constant is computed from.
     """
 
     seen: View
@@ -103,10 +107,16 @@ class CleanGraph:
     evaluated: dict[str, Array | None] = field(default_factory=dict)
     producers: dict[str, NodeProto] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    varying: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        inputs = {value.name for value in self.seen.graph.input}
+        inputs = {value.name for value in self.seen.graph.input} - set(self.seen.constants)
         self.taken = {*self.seen.constants, *self.seen.producers, *inputs}
+        self.varying = inputs
+        for node in self.seen.graph.node:
+            given = reads(node)
+            if not given or node.domain or inner(node) or not self.varying.isdisjoint(given):
+                self.varying.update(node.output)
 
     def clips_negatives(self, node: NodeProto) -> bool:
         """Whether a node is a Clip that lets nothing negative pass."""
@@ -349,9 +359,9 @@ class CleanGraph:
         if name not in self.evaluated:
             self.evaluated[name] = None
             node = self.seen.producers.get(name)
-            if node is not None and not node.domain and not inner(node):
+            if node is not None and name not in self.varying:
                 inputs = {item: self.value(item) for item in node.input if item}
-                if inputs and all(value is not None for value in inputs.values()):
+                if all(value is not None for value in inputs.values()):
                     self._evaluate(node, inputs)
         return self.evaluated[name]
 
@@ -368,6 +378,7 @@ class CleanGraph:
             [helper.make_tensor_value_info(name, nothing, None) for name in inputs],
             [helper.make_tensor_value_info(name, nothing, None) for name in names],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+        opset = max(self.opset, _OLDEST_EVALUATED.get(node.op_type, 0))
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
         values: Any = ReferenceEvaluator(model).run(None, dict(inputs))
         self.evaluated.update(zip(names, values, strict=True))

@@ -9,7 +9,6 @@ in float, and products whose activations are rounded anew in each inference, bec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +20,7 @@ from edgedeploy.errors import FidelityError, InternalError, ModelError
 from edgedeploy.prepare.compression import compression_report
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.emit_activations import activation_grids, activation_pair, superfluous_clamps
-from edgedeploy.prepare.emit_draft import Draft
+from edgedeploy.prepare.emit_draft import NAMES, Draft
 from edgedeploy.prepare.emit_products import (
     dynamic_lstm,
     dynamic_product,
@@ -37,6 +36,7 @@ from edgedeploy.prepare.emit_weights import (
     write_integer_weights,
     write_short_float,
 )
+from edgedeploy.prepare.exact_products import exact_here
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, drop_unused_constants, read_graph, view, write_graph
@@ -103,8 +103,7 @@ def emit(
     if table.model_sha256 != model.sha256:
         raise ModelError(f"the quantization table was made for another model than {model.path}; quantize it again")
     graph = read_graph(Path(model.path))
-    notes: list[str] = []
-    _rewrite(graph, table, rules, allow_change=allow_change, note=notes.append)
+    notes = _rewrite(graph, table, rules, allow_change=allow_change)
     guarded = keep_float(graph)
     # A back end that wants float biases is not ONNX Runtime, which alone needs the guard and checks the form here.
     write_graph(guarded if rules.bias == "int32" else graph, out)
@@ -112,7 +111,7 @@ def emit(
     checked = out if rules.bias == "int32" else guarded.SerializeToString()
     run = _compare(model, checked, samples, "int8 on integer kernels", is_optimized=True)
     _demand_kept_meaning(model, written, run)
-    return Emitted(_written(model, out, written, run), tuple(notes))
+    return Emitted(_written(model, out, written, run), notes)
 
 
 def shorten(model: Model, storage: Literal["float16", "bfloat16"], out: Path, samples: Samples) -> Emitted:
@@ -136,9 +135,6 @@ def shorten(model: Model, storage: Literal["float16", "bfloat16"], out: Path, sa
     ]
     if not names:
         raise ModelError(f"{model.source} has no float32 weights to store in {storage}; build it as fp32")
-    notes = [
-        f"weights are stored in {storage}, half the bytes; ONNX Runtime widens them at load and computes in float32"
-    ]
     kept = {
         name: WeightQuantization(bits=16, axis=None, scales=(), storage=storage, origin="max-abs") for name in names
     }
@@ -153,10 +149,13 @@ def shorten(model: Model, storage: Literal["float16", "bfloat16"], out: Path, sa
         weights=kept,
     )
     rules = QuantizationRules(activation_dtype="int8", activation_symmetric=False)
-    _rewrite(graph, table, rules, allow_change=False, note=notes.append)
+    notes = (
+        f"weights are stored in {storage}, half the bytes; ONNX Runtime widens them at load and computes in float32",
+        *_rewrite(graph, table, rules, allow_change=False),
+    )
     write_graph(graph, out)
     written = _compare(model, out, samples, f"{storage} weights", is_optimized=True)
-    return Emitted(_written(model, out, written), tuple(notes))
+    return Emitted(_written(model, out, written), notes)
 
 
 def _written(model: Model, out: Path, *fidelity: Fidelity) -> Model:
@@ -170,13 +169,9 @@ def _written(model: Model, out: Path, *fidelity: Fidelity) -> Model:
 
 
 def _rewrite(
-    model: ModelProto,
-    table: QuantizationTable,
-    rules: QuantizationRules,
-    *,
-    allow_change: bool,
-    note: Callable[[str], None],
-) -> None:
+    model: ModelProto, table: QuantizationTable, rules: QuantizationRules, *, allow_change: bool
+) -> tuple[str, ...]:
+    """Write a form into a model and return what a person should know about it."""
     seen = view(model.graph)
     names = {node.name for node in model.graph.node}
     unknown = [name for name in table.nodes if name not in names]
@@ -185,13 +180,14 @@ def _rewrite(
         raise InternalError(f"the quantization table names what the model does not have: {', '.join(unknown)}")
     excluded = {node.name for node in model.graph.node if node.op_type in rules.excluded_operators}
     active = frozenset(table.nodes) - excluded
-    draft = Draft(model, seen, table, rules, active, allow_change, note)
+    draft = Draft(model, seen, table, rules, active, allow_change)
     grids = activation_grids(draft)
     forms = {name: _form(draft, name, excluded) for name in table.weights}
     kept_grids = {name: _write_weights(draft, name, form) for name, form in forms.items()}
     writer = _NodeWriter(draft, grids, forms, kept_grids, excluded)
     draft.finish(writer.nodes())
     drop_unused_constants(model)
+    return draft.sentences()
 
 
 def _form(draft: Draft, name: str, excluded: set[str]) -> Form:
@@ -213,8 +209,9 @@ def _dynamic_form(draft: Draft, name: str, readers: list[NodeProto]) -> Form:
     grid = draft.table.weights[name]
     if draft.rules.dynamic == "refused":
         draft.changed(
-            f"the activations that {name!r} multiplies are rounded in each inference, which this target has no form "
-            f"for, and would stay float"
+            f"the activations that the weights {NAMES} multiply are rounded in each inference, which this target has "
+            f"no form for, and would stay float",
+            name,
         )
         return _weight_only_form(draft, name, readers)
     if all(fits_dynamic_lstm(node, draft) for node in readers):
@@ -229,8 +226,9 @@ def _dynamic_form(draft: Draft, name: str, readers: list[NodeProto]) -> Form:
     if not is_small and all(fits_dynamic(node, name, draft) for node in readers):
         return "dynamic"
     draft.changed(
-        f"the activations that {name!r} multiplies are rounded in each inference, which no operator does for its "
-        f"{readers[0].op_type} with these scales, and would stay float"
+        f"the activations that the weights {NAMES} multiply are rounded in each inference, which no operator does for "
+        f"a {readers[0].op_type} with these scales, and would stay float",
+        name,
     )
     return _weight_only_form(draft, name, readers)
 
@@ -239,16 +237,18 @@ def _weight_only_form(draft: Draft, name: str, readers: list[NodeProto]) -> Form
     grid = draft.table.weights[name]
     if draft.rules.weight_only == "refused":
         draft.changed(
-            f"the {grid.bits}-bit weights {name!r} belong to a node that computes in float; this target would expand "
-            f"them, and they would be stored as float32"
+            f"the {grid.bits}-bit weights {NAMES} belong to a node that computes in float; this target would expand "
+            f"them, and they would be stored as float32",
+            name,
         )
         return "float"
     if draft.rules.weight_only == "MatMulNBits" and all(fits_packed(node, name, draft) for node in readers):
         return "packed"
     if grid.bits <= 4:
         draft.changed(
-            f"the {grid.bits}-bit weights {name!r} have no packed form here and would be stored in whole bytes, with "
-            f"the same values"
+            f"the {grid.bits}-bit weights {NAMES} have no packed form here and would be stored in whole bytes, with "
+            f"the same values",
+            name,
         )
     return "dequantized"
 
@@ -325,31 +325,6 @@ class _NodeWriter:
         if form == "integer" and node.name in self._draft.active:
             write_bias(self._draft, node, self._weights[weight], self._grids.get(sources[0]))
         return [node]
-
-
-def exact_here(model: ModelProto) -> bytes | None:
-    """Return a model whose integer products are exact on this machine too, None where they are as the file has them.
-
-    x86 without VNNI adds two products of an unsigned and a signed byte in 16 bits, where they saturate. The same
-    weights as unsigned bytes with 128 for zero do not, so that a form for another processor can be checked here.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    names = {
-        node.input[index]
-        for node in model.graph.node
-        for index in {"MatMulInteger": (1, 3), "DynamicQuantizeLSTM": (1, 2, 9, 11)}.get(node.op_type, ())
-    }
-    if not names:
-        return None
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    for item in twin.graph.initializer:
-        if item.name in names and item.data_type == onnx.TensorProto.INT8:
-            shifted = (numpy_helper.to_array(item).astype(np.int16) + 128).astype(np.uint8)
-            item.CopyFrom(numpy_helper.from_array(shifted, item.name))
-    return bytes(twin.SerializeToString(deterministic=True))
 
 
 def _compare(model: Model, form: Path | bytes, samples: Samples, name: str, *, is_optimized: bool) -> Fidelity:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgedeploy.prepare.emit_draft import Draft, named
+from edgedeploy.prepare.emit_draft import NAMES, Draft
 from edgedeploy.prepare.graph import attributes
 from edgedeploy.prepare.grid import ActivationGrid, activation_grid
 
@@ -47,13 +47,15 @@ def activation_grids(draft: Draft) -> dict[str, ActivationGrid]:
             widened.append(tensor)
     if moved:
         draft.changed(
-            f"the trained grids of {named(sorted(moved))} do not fit {_words(draft)} activations and would be scaled "
-            f"anew, by up to {max(map(abs, moved.values())):.1%}"
+            f"the trained grids of {NAMES} do not fit {_words(draft)} activations and would be scaled anew, by up to "
+            f"{max(map(abs, moved.values())):.1%}",
+            *sorted(moved),
         )
     if widened:
         draft.note(
-            f"the trained grids of {named(sorted(widened))} use a part of the 8-bit codes: values inside are kept "
-            f"exactly, values outside are clamped later than in training"
+            f"the trained grids of {NAMES} use a part of the 8-bit codes: values inside are kept exactly, values "
+            f"outside are clamped later than in training",
+            *sorted(widened),
         )
     return grids
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 # ONNX Runtime's own operators.
 CONTRIB = "com.microsoft"
-# Names in a sentence, before it says "and 7 more".
-_NAMED = 4
+# Where a sentence names tensors, so that what is said of many of them is said once.
+NAMES = "<names>"
+# Names in a sentence, before it says how many there are.
+_NAMED = 2
 
 
 @dataclass(slots=True)
@@ -31,8 +33,8 @@ class Draft:
         seen: the fp32 graph, looked up before anything was changed.
         active: names of the nodes that compute on integers: the table's without those that the rules exclude.
         is_change_allowed: whether numbers that the rules cannot keep are replaced, with a note, instead of refused.
-        note: called with a sentence for each thing that a person should know.
         front: nodes that read nothing but constants; they go before all others.
+        notes: what a person should know: sentence with NAMES in it → the tensors that it is true of.
     """
 
     model: ModelProto
@@ -41,8 +43,8 @@ class Draft:
     rules: QuantizationRules
     active: frozenset[str]
     is_change_allowed: bool
-    note: Callable[[str], None]
     front: list[NodeProto] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     _stored: set[str] = field(default_factory=set)
     _replaced: set[str] = field(default_factory=set)
 
@@ -74,18 +76,29 @@ class Draft:
             if graph.initializer[index].name in self._replaced:
                 del graph.initializer[index]
 
-    def changed(self, what: str) -> None:
-        """Say that something of the source cannot be kept by these rules.
+    def note(self, what: str, *names: str) -> None:
+        """Keep a sentence that a person should read.
 
         Args:
-            what: a sentence without its full stop: what is replaced by what.
+            what: a sentence without its full stop, with NAMES where the tensors stand that it is about.
+            names: those tensors; the same sentence about others is not kept again.
+        """
+        told = self.notes.setdefault(what, [])
+        told += [name for name in dict.fromkeys(names) if name not in told]
+
+    def changed(self, what: str, *names: str) -> None:
+        """Say that something of the source cannot be kept by these rules: what is replaced by what, as for `note`.
 
         Raises:
             ModelError: changes are not allowed.
         """
         if not self.is_change_allowed:
-            raise ModelError(f"{what}; build for a target whose rules keep it, or give --allow-loss")
-        self.note(what)
+            raise ModelError(f"{_filled(what, names)}; build for a target whose rules keep it, or give --allow-loss")
+        self.note(what, *names)
+
+    def sentences(self) -> tuple[str, ...]:
+        """Return the notes with their names filled in."""
+        return tuple(_filled(what, names) for what, names in self.notes.items())
 
     def require_contrib(self) -> None:
         """Declare that the graph uses operators of ONNX Runtime."""
@@ -95,7 +108,9 @@ class Draft:
             self.model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
 
-def named(names: list[str]) -> str:
-    """Return a list of names that fits a sentence: 'a', 'b' and 7 more."""
-    shown = ", ".join(repr(name) for name in names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+def _filled(what: str, names: Sequence[str]) -> str:
+    """Name tensors in a sentence: 'a' and 'b', or 'a', 'b' ... (26 in all)."""
+    shown = [repr(name) for name in names[:_NAMED]]
+    if len(names) > _NAMED:
+        return what.replace(NAMES, f"{', '.join(shown)} ... ({len(names)} in all)")
+    return what.replace(NAMES, " and ".join(shown))

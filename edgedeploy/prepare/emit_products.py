@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.emit_draft import CONTRIB, Draft
+from edgedeploy.prepare.emit_draft import CONTRIB, NAMES, Draft
 from edgedeploy.prepare.emit_weights import Codes, codes_of
 from edgedeploy.prepare.graph import attributes
 from edgedeploy.prepare.quantized_set import weight_axis
@@ -76,7 +76,7 @@ def packed_product(draft: Draft, node: NodeProto, name: str) -> list[NodeProto]:
         if any(grid.zero_points):
             points = _by_block(grid.zero_points, grid, (channels, blocks), block, np.int32) + 2 ** (bits - 1)
             draft.constant(f"{name}/zero_point", _packed_points(points, bits))
-        _tell_level(draft, name, level, block)
+        _tell_level(draft, name, level)
     inputs = [node.input[0], f"{name}/packed", f"{name}/scale"]
     if any(grid.zero_points):
         inputs.append(f"{name}/zero_point")
@@ -97,20 +97,22 @@ def packed_product(draft: Draft, node: NodeProto, name: str) -> list[NodeProto]:
     return [product, *_add(node, bias)]
 
 
-def _tell_level(draft: Draft, name: str, level: int, block: int) -> None:
+def _tell_level(draft: Draft, name: str, level: int) -> None:
     dynamic = draft.table.dynamic.get(name)
     if level == _FLOAT32:
         return
     if dynamic is None:
         draft.note(
-            f"{name!r}: the runtime rounds what it multiplies with these 8-bit weights to int8, {block} at a time"
+            f"the runtime rounds what it multiplies with the 8-bit weights {NAMES} to int8, in blocks of a row", name
         )
     else:
         source = (
             f"{'symmetric' if dynamic.symmetric else 'asymmetric'}, per {'token' if dynamic.per_token else 'tensor'}"
         )
         draft.note(
-            f"{name!r}: activations are rounded in each inference, as int8 symmetric per {block} (source: {source})"
+            f"the activations that the weights {NAMES} multiply are rounded in each inference, as int8 symmetric in "
+            f"blocks of a row (source: {source})",
+            name,
         )
 
 
@@ -162,25 +164,31 @@ def _add(node: NodeProto, bias: str) -> list[NodeProto]:
 
 
 def fits_dynamic(node: NodeProto, name: str, draft: Draft) -> bool:
-    """Whether DynamicQuantizeLinear and MatMulInteger can stand for a node that multiplies with these weights."""
+    """Whether DynamicQuantizeLinear and an operator on integers can stand for a node that reads these weights."""
     grid = draft.table.weights[name]
+    if node.op_type == "Conv" and not node.domain and node.input[1] == name:
+        # ONNX Runtime's ConvInteger takes one zero-point for all filters.
+        is_known = len(node.input) < 3 or node.input[2] in draft.seen.constants
+        return is_known and (len(grid.scales) == 1 or grid.axis == 0) and len(set(grid.zero_points)) <= 1
     is_along = len(grid.scales) == 1 or (grid.axis == weight_axis(node) and not grid.block)
     return _is_plain_product(node, name, draft) and is_along
 
 
 def dynamic_product(draft: Draft, node: NodeProto, name: str) -> list[NodeProto]:
-    """Return a product on integers whose activation gets its grid from its own values in each inference.
+    """Return a product or convolution on integers whose activation gets its grid from its own values in each inference.
 
-    ONNX Runtime fuses the nodes into DynamicQuantizeMatMul. The grid is one of 256 codes for the whole tensor.
+    ONNX Runtime fuses the nodes of a product into DynamicQuantizeMatMul. The grid is one of 256 codes for the whole
+    tensor.
     """
     from onnx import helper
 
     grid = draft.table.weights[name]
+    is_product = node.op_type != "Conv"
     if not draft.stored_once(f"{name}/integers"):
         codes = codes_of(draft.seen.constants[name], grid, name)
         dtype = dynamic_storage(draft, codes, grid)
-        columns = codes if weight_axis(node) == 1 else codes.T
-        _store_codes(draft, name, np.ascontiguousarray(columns), grid, dtype, np.asarray(grid.scales, np.float32).shape)
+        arranged = codes.T if is_product and weight_axis(node) == 0 else codes
+        _store_codes(draft, name, np.ascontiguousarray(arranged), grid, dtype, is_product=is_product)
         tell_dynamic(draft, name)
     rounded, scale, point = (f"{node.name}/{word}" for word in ("rounded", "rounded_scale", "rounded_zero_point"))
     bias = node.input[2] if len(node.input) > 2 else ""
@@ -191,16 +199,23 @@ def dynamic_product(draft: Draft, node: NodeProto, name: str) -> list[NodeProto]
             "DynamicQuantizeLinear", [node.input[0]], [rounded, scale, point], name=f"{node.name}/quantize"
         ),
         helper.make_node(
-            "MatMulInteger",
+            "MatMulInteger" if is_product else "ConvInteger",
             [rounded, f"{name}/integers", point, f"{name}/zero_point"],
             [sums],
             name=f"{node.name}/multiply",
+            **({} if is_product else attributes(node)),
         ),
         helper.make_node("Cast", [sums], [floats], name=f"{node.name}/cast", to=1),
         helper.make_node("Mul", [scale, f"{name}/scale"], [factor], name=f"{node.name}/scales"),
         helper.make_node("Mul", [floats, factor], [product], name=f"{node.name}/rescale" if bias else node.name),
-        *_add(node, bias),
+        *_add(node, bias if is_product or not bias else _bias_of_channels(draft, node, bias)),
     ]
+
+
+def _bias_of_channels(draft: Draft, node: NodeProto, bias: str) -> str:
+    """Store a convolution's bias in the shape in which it is added to what the convolution makes."""
+    axes = draft.seen.constants[node.input[1]].ndim - 2
+    return draft.constant(f"{node.name}/bias", draft.seen.constants[bias].reshape(-1, *[1] * axes))
 
 
 def dynamic_storage(draft: Draft, codes: Codes, grid: WeightQuantization) -> np.dtype[Any]:
@@ -210,15 +225,21 @@ def dynamic_storage(draft: Draft, codes: Codes, grid: WeightQuantization) -> np.
 
 
 def _store_codes(
-    draft: Draft, name: str, codes: Codes, grid: WeightQuantization, dtype: np.dtype[Any], shape: tuple[int, ...]
+    draft: Draft, name: str, codes: Codes, grid: WeightQuantization, dtype: np.dtype[Any], *, is_product: bool
 ) -> None:
     """Store codes, scales and zero-points as integer operators read them; one scale has no axis."""
     offset = 128 if dtype == np.uint8 else 0
-    points = np.broadcast_to(np.asarray(grid.zero_points or (0,)) + offset, shape).astype(dtype)
-    own = () if shape == (1,) else shape
+    scales = np.asarray(grid.scales, np.float32)
+    own = () if scales.size == 1 else scales.shape
+    points = np.broadcast_to(np.asarray(grid.zero_points or (0,)) + offset, scales.shape).astype(dtype).reshape(own)
     draft.constant(f"{name}/integers", (codes.astype(np.int32) + offset).astype(dtype))
-    draft.constant(f"{name}/scale", np.asarray(grid.scales, np.float32).reshape(own))
-    draft.constant(f"{name}/zero_point", points.reshape(own))
+    if is_product:
+        draft.constant(f"{name}/scale", scales.reshape(own))
+        draft.constant(f"{name}/zero_point", points)
+    else:
+        axes = codes.ndim - 2
+        draft.constant(f"{name}/scale", scales.reshape(own and (-1, *[1] * axes)))
+        draft.constant(f"{name}/zero_point", points.reshape(-1)[0])
 
 
 def tell_dynamic(draft: Draft, name: str) -> None:
@@ -229,8 +250,9 @@ def tell_dynamic(draft: Draft, name: str) -> None:
         differences.append(f"to {how.bits} bits")
     if differences:
         draft.note(
-            f"{name!r}: the source rounds activations {' and '.join(differences)}; ONNX Runtime rounds them "
-            f"per tensor, asymmetric, to 8 bits"
+            f"the source rounds the activations that the weights {NAMES} multiply {' and '.join(differences)}; ONNX "
+            f"Runtime rounds them per tensor, asymmetric, to 8 bits",
+            name,
         )
 
 

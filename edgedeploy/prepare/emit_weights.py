@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.emit_draft import Draft
+from edgedeploy.prepare.emit_draft import NAMES, Draft
 from edgedeploy.prepare.graph import opset_of
 from edgedeploy.prepare.grid import ActivationGrid, bias_integers, integers, weight_scales
 from edgedeploy.prepare.quantized_set import bias_of
@@ -73,15 +73,17 @@ def write_integer_weights(draft: Draft, name: str) -> WeightQuantization:
     grid = _by_the_rules(draft, name)
     if grid.bits <= 4:
         draft.changed(
-            f"the {grid.bits}-bit weights {name!r} are multiplied on 8-bit integers here and would be stored in whole "
-            f"bytes, with the same values"
+            f"the {grid.bits}-bit weights {NAMES} are multiplied on 8-bit integers here and would be stored in whole "
+            f"bytes, with the same values",
+            name,
         )
     codes = codes_of(draft.seen.constants[name], grid, name)
     largest = int(np.abs(codes).max(initial=0))
     if draft.rules.weight_bits < grid.bits and largest > _LARGEST_SAFE_CODE:
         draft.note(
-            f"the weights {name!r} have trained codes up to {largest}, whose products saturate on this target; "
-            f"they are stored as unsigned bytes, which is exact and slower"
+            f"the weights {NAMES} have trained codes beyond {_LARGEST_SAFE_CODE}, whose products saturate on this "
+            f"target; they are stored as unsigned bytes, which is exact and slower",
+            name,
         )
         write_dequantized(draft, name, codes, grid, np.dtype(np.uint8))
     else:
@@ -92,11 +94,14 @@ def write_integer_weights(draft: Draft, name: str) -> WeightQuantization:
 def _by_the_rules(draft: Draft, name: str) -> WeightQuantization:
     grid = draft.table.weights[name]
     if grid.zero_points and any(grid.zero_points) and draft.rules.activation_symmetric:
-        draft.changed(f"the weights {name!r} have zero-points, this target wants none, and they would be rounded again")
+        draft.changed(
+            f"the weights {NAMES} have zero-points, this target wants none, and they would be rounded again", name
+        )
     elif len(grid.scales) > 1 and not draft.rules.weight_per_channel:
         draft.changed(
-            f"the weights {name!r} have a scale for each channel or block, this target wants one in all, and they "
-            f"would be rounded again"
+            f"the weights {NAMES} have a scale for each channel or block, this target wants one in all, and they "
+            f"would be rounded again",
+            name,
         )
     else:
         return grid
@@ -188,8 +193,9 @@ def write_short_float(draft: Draft, name: str) -> None:
     ]
     if grid.storage == "float8e4m3fn" and opset_of(draft.model) < _FLOAT8_OPSET:
         draft.changed(
-            f"the 8-bit float weights {name!r} need opset {_FLOAT8_OPSET}, the model has {opset_of(draft.model)}, and "
-            f"they would be stored as float32"
+            f"the 8-bit float weights {NAMES} need opset {_FLOAT8_OPSET}, the model has {opset_of(draft.model)}, and "
+            f"they would be stored as float32",
+            name,
         )
         return
     scaled = weight / wide(weight, grid.scales, grid).astype(np.float32) if grid.scales else weight

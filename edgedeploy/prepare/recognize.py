@@ -26,7 +26,7 @@ def found_in_onnx(quantization: SourceQuantization | None) -> tuple[FoundCompres
         detail = f"{'symmetric' if symmetric else 'asymmetric'} activations, {_weights(others)}"
         found.append(FoundCompression(kind="static int8", layers=tuple(others), detail=detail))
     elif others:
-        found += _by_width("weight-only int8", "weight-only int4", others)
+        found += _by_storage(others)
     if dynamic:
         kind: CompressionKind = "dynamic int8"
         if all(grid.bits <= 4 for grid in dynamic.values()):
@@ -35,17 +35,17 @@ def found_in_onnx(quantization: SourceQuantization | None) -> tuple[FoundCompres
     return tuple(found)
 
 
-def _by_width(
-    wide: CompressionKind, narrow: CompressionKind, weights: Mapping[str, WeightQuantization]
-) -> list[FoundCompression]:
-    found = []
-    for kind, chosen in (
-        (wide, {name: grid for name, grid in weights.items() if grid.storage == "integer" and grid.bits > 4}),
-        (narrow, {name: grid for name, grid in weights.items() if grid.storage == "integer" and grid.bits <= 4}),
-    ):
-        if chosen:
-            found.append(FoundCompression(kind=kind, layers=tuple(chosen), detail=_weights(chosen)))
-    return found
+def _by_storage(weights: Mapping[str, WeightQuantization]) -> list[FoundCompression]:
+    kinds: dict[CompressionKind, list[str]] = {}
+    for name, grid in weights.items():
+        kind: CompressionKind = "weight-only int8" if grid.bits > 4 else "weight-only int4"
+        if grid.storage != "integer":
+            kind = "float8" if grid.storage == "float8e4m3fn" else grid.storage
+        kinds.setdefault(kind, []).append(name)
+    return [
+        FoundCompression(kind=kind, layers=tuple(names), detail=_weights({name: weights[name] for name in names}))
+        for kind, names in kinds.items()
+    ]
 
 
 def _weights(weights: Mapping[str, WeightQuantization]) -> str:

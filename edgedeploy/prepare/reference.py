@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
+from edgedeploy.prepare.exact_products import exact_here
 from edgedeploy.prepare.graph import Runner, stamp_oldest
 from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.lower.half_floats import float_dtype
@@ -77,8 +78,10 @@ def _onnx_run(loaded: Loaded, model: Model) -> Run:
     original = onnx.ModelProto()
     original.CopyFrom(loaded.program)
     stamp_oldest(original)
-    # As it is written: a runtime's optimiser may change what a quantized graph computes.
-    return Runner(original.SerializeToString(), is_optimized=model.quantization is None)
+    # As it is written: a runtime's optimiser may change what a quantized graph computes, and products of 8-bit integers
+    # saturate on x86 without VNNI, which is the machine's fault and not the model's.
+    written = exact_here(original) or original.SerializeToString()
+    return Runner(written, is_optimized=model.quantization is None)
 
 
 def _module_call(module: nn.Module, inputs: Sequence[TensorSpec]) -> Callable[[Sequence[Tensor]], Any]:

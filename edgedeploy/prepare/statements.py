@@ -181,7 +181,8 @@ def _kept(
         fate: Fate = "kept" if artifact.parameters <= canonical.parameters else "changed"
         return fate, f"{artifact.parameters:,} parameters, {canonical.parameters:,} in the ONNX"
     before = _holding(kind, canonical)
-    if asked := {layer.name for layer in _layers_named(names, canonical)}:
+    asked = {layer.name for layer in _layers_named(names, canonical)}
+    if len(asked) >= len(names):  # else ONNX has renamed some, and any layer that shows the kind may be one of them
         before = [layer for layer in before if layer.name in asked] or before
     after, total = _counterparts(before, artifact), len(before)
     if len(after) < total:  # a back end that names everything anew

@@ -2,8 +2,8 @@
 
 Where a convolution or Gemm with float weights reads dequantized values and its output is quantized again, ONNX
 Runtime's optimiser (WeightBiasQuantization, seen in 1.31.1) rounds the weights to 8 bits with one scale for all of
-them: five layers of EfficientNet-Lite0 left in float for 29.1 dB came out at 27.7 dB, six at 24.8 dB. It does so where the
-scale of the values is a single number; one equal number for each channel means the same and is left alone.
+them: five layers of EfficientNet-Lite0 left in float for 29.1 dB came out at 27.7 dB, six at 24.8 dB. It does so where
+the scale of the values is a single number; one equal number for each channel means the same and is left alone.
 """
 
 from __future__ import annotations

@@ -92,6 +92,8 @@ class SourceQuantization(Record, frozen=True, kw_only=True):
 class QuantizationPolicy(Record, frozen=True, kw_only=True):
     """How a float model is quantized after training: `-Q key=value`, or [quantization] in the release file.
 
+    Nothing in it is drawn at random: the same model, samples and policy give the same table.
+
     Attributes:
         ranges: how an activation's range is chosen from what was seen on calibration samples.
         percentile: of |values|, for ranges = "percentile".
@@ -112,7 +114,6 @@ class QuantizationPolicy(Record, frozen=True, kw_only=True):
     budget_db: float | None = None
     max_float_layers: int = 16
     float_layers: tuple[str, ...] = ()
-    seed: int = 0
 
 
 class QuantizationTable(Record, frozen=True, kw_only=True):

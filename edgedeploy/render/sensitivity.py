@@ -12,7 +12,7 @@ from edgedeploy.units import format_bytes
 _WIDTH = 100  # where nobody says how wide the reader's screen is
 _COLUMNS = ("left in float", "SQNR", "gain", "size")
 _MEANING = (
-    "SQNR is that of the worst output, on calibration samples; on others it is lower, by 3 to 4 dB where photographs "
+    "SQNR is that of the worst output, on calibration samples; on others it is lower, by 2 to 4 dB where photographs "
     "were held out. Layers come by noise for each byte that float weights take more."
 )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from edgedeploy.errors import ModelError, UsageError
 from edgedeploy.prepare import statistics as statistics_module
-from edgedeploy.prepare.dataset import Samples
+from edgedeploy.prepare.dataset import Samples, random_samples
 from edgedeploy.prepare.emit import emit
 from edgedeploy.prepare.equalize import equalize
 from edgedeploy.prepare.export import export
@@ -231,6 +231,24 @@ def test_equalized_model_computes_the_same_with_even_channels(model, samples, tm
     assert better > plain + 3
 
 
+def test_few_samples_do_not_make_channels_leave_their_range_on_others(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(12, 640), nn.ReLU(), nn.Linear(640, 640), nn.ReLU(), nn.Linear(640, 5)).eval()
+    spec = TensorSpec(name="vector", dtype="float32", shape=("batch", 12))
+    few, others = random_samples([spec], 64, 0), random_samples([spec], 256, 1)
+    exported = export(Loaded("module", "mlp", module), [spec], few, tmp_path / "e.onnx")
+    plain = simplify(exported, few, tmp_path / "s.onnx")
+    even = equalize(plain, few, tmp_path / "even.onnx")
+    assert even.sha256 != plain.sha256
+    found = []
+    for item in (plain, even):
+        form = emit(item, quantize(item, few, ASYMMETRIC, NEAREST), ASYMMETRIC, few, tmp_path / "q.onnx").model
+        runs = Runner(Path(plain.path)), Runner(Path(form.path), is_optimized=False)
+        fidelity = compare(*runs, others.batches([spec]), names=("fp32", "int8"), sample_source="others")
+        found.append(fidelity.outputs[0].sqnr_db)
+    assert found[1] > found[0] - 1
+
+
 def test_model_with_nothing_to_equalize_is_left_alone(samples, tmp_path):
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 2, 3))
     exported = export(Loaded("module", "sigmoid", module.eval()), [IMAGE], samples, tmp_path / "e.onnx")
@@ -366,6 +384,34 @@ def test_budget_that_cannot_be_met_says_what_was_reached(model, samples):
         ModelError, match=r"does not reach 90 dB on calibration samples with 1 layers in float .*0: \d+"
     ):
         quantize(model, samples, ASYMMETRIC, QuantizationPolicy(budget_db=90, max_float_layers=1))
+
+
+class Attention(nn.Module):
+    """Products of three axes, which have no bias of their own: nothing can be corrected or equalized."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(12, width) for _ in range(3))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 12)
+
+    def forward(self, sequence):
+        scores = self.query(sequence) @ self.key(sequence).transpose(1, 2) / 8
+        return sequence + self.out(self.norm(torch.softmax(scores, -1) @ self.value(sequence)))
+
+
+@pytest.mark.parametrize("width", [24, 1024])  # 12,288 weights are more than the exporter folds
+def test_defaults_quantize_a_model_without_a_single_bias(width, tmp_path):
+    torch.manual_seed(0)
+    spec = TensorSpec(name="sequence", dtype="float32", shape=("batch", 6, 12))
+    some = random_samples([spec], 24, 0)
+    exported = export(Loaded("module", "attention", Attention(width).eval()), [spec], some, tmp_path / "e.onnx")
+    attention = simplify(exported, some, tmp_path / "s.onnx")
+    assert equalize(attention, some, tmp_path / "even.onnx") is attention
+    table = quantize(attention, some, ASYMMETRIC)
+    assert len(table.weights) == 4
+    assert table.bias_deltas == {}
+    form = emit(attention, table, ASYMMETRIC, some, tmp_path / "q.onnx").model
+    assert form.fidelity[-1].outputs[0].sqnr_db > 30
 
 
 def test_same_inputs_give_the_same_table(model, samples, tables):

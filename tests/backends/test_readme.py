@@ -70,3 +70,24 @@ def test_readme_lab_example_is_a_lab(tmp_path):
     (example,) = [block for block in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL) if "lab/1" in block]
     (tmp_path / "lab.toml").write_text(example)
     assert load_lab(tmp_path / "lab.toml").devices["pi-desk"].user == "pi"
+
+
+def test_readme_declaration_is_one():
+    import tomllib
+
+    import msgspec
+
+    from edgedeploy.records.release import Declared
+
+    text = (ROOT / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL) if "declared" in block]
+    declared = msgspec.convert(tomllib.loads(example)["models"]["student"]["declared"], Declared)
+    assert declared.qat is True
+    assert declared.sparsity == 0.5
+
+
+def test_readme_names_every_setting_of_quantization():
+    from edgedeploy.records.quantization import QuantizationPolicy
+
+    text = (ROOT / "README.md").read_text()
+    assert all(f"`{name}" in text for name in QuantizationPolicy.__struct_fields__)

@@ -1,6 +1,6 @@
 """The demo's network compressed in five ways: accuracy on the 10,000 test images, size, MACs, latency beside PyTorch.
 
-    python -m tests.benchmarks.fashion_mnist [--data DIR] [--epochs N]
+    python -m tests.benchmarks.fashion_mnist [--data DIR] [--epochs N] [--images N]
 
 Needs the complete Fashion-MNIST (Debian: dataset-fashion-mnist). Dense and pruned weights are the demo's own; QAT and the
 low-rank factors are trained here, from them, with the demo's training loop. Ranges are calibrated on training images.
@@ -8,6 +8,7 @@ low-rank factors are trained here, from them, with the demo's training loop. Ran
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from torch import nn
 from edgedeploy import pipeline
 from edgedeploy.demo import data
 from edgedeploy.demo.model import DENSE_WIDTHS, PRUNED_WIDTHS, ConvNorm, ResidualNet
-from edgedeploy.demo.train import count_correct, distillation_loss, label_loss, read_samples, train
+from edgedeploy.demo.train import Samples, count_correct, distillation_loss, label_loss, read_samples, train
 
 DEMO = Path(data.__file__).parent
 CALIBRATION = DEMO.parent.parent / "calibration" / "fashion-mnist"
@@ -118,14 +119,19 @@ def p50_s(calls):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=data.DEBIAN_DIR)
-    parser.add_argument("--epochs", type=int, default=2, help="of each training")
+    parser.add_argument("--epochs", type=int, default=1, help="of each training")
+    parser.add_argument(
+        "--images", type=int, default=20000, help="of the 60,000 that are trained on; 20,000 take minutes"
+    )
     given = parser.parse_args()
     torch.manual_seed(0)
     samples, test = (read_samples(data.read_split(given.data, part)) for part in ("train", "t10k"))
+    samples = Samples(samples.image[: given.images], samples.label[: given.images])
     dense = network("dense")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["EDGEDEPLOY_CACHE_DIR"] = str(folder / "cache")
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
         variants = {
             "dense fp32": (dense, "fp32"),
             "dense, int8 after training": (dense, "int8"),

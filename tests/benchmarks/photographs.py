@@ -89,8 +89,8 @@ POLICIES = {
     "MSE ranges, bias correction": QuantizationPolicy(rounding="nearest", equalize=False),
     "default": QuantizationPolicy(),
 }
-# Rule sets whose default alone is scored: they differ from another one in the weights' bits or in nothing that counts.
-DEFAULT_ALONE = ("x86 with VNNI, uint8", "x86 without VNNI, uint8, 7-bit weights")
+# Rule sets that differ from another one in the weights' bits or in nothing that counts: old choices are not scored.
+WITHOUT_STEPS = ("x86 with VNNI, uint8", "x86 without VNNI, uint8, 7-bit weights")
 # The grids of ARM's int8 and of uint8 are the same, 128 codes apart: what is chosen for one is right for the other.
 SAME_GRIDS = {"x86 with VNNI, uint8": "ARM, int8 asymmetric"}
 MOST_FLOAT_LAYERS = 16
@@ -161,7 +161,7 @@ def study(model, calibration, references, folder, *, budgets_db, rules=tuple(RUL
 
     for rules_name in rules:
         for policy_name, policy in POLICIES.items():
-            if only not in policy_name or (rules_name in DEFAULT_ALONE and policy_name != "default"):
+            if only not in policy_name or (rules_name in WITHOUT_STEPS and policy.rounding == "nearest"):
                 continue
             source = equalized if policy.equalize else model
             begin = time.perf_counter()
@@ -186,7 +186,8 @@ def study(model, calibration, references, folder, *, budgets_db, rules=tuple(RUL
             for point in points
         ]
         for budget in budgets_db[rules_name]:
-            met = next((point for point in points if point.sqnr_db >= budget), points[-1])
+            best = max(points, key=lambda point: point.sqnr_db)
+            met = next((point for point in points if point.sqnr_db >= budget), best)
             score(
                 f"{rules_name}: default, {budget:g} dB on calibration samples",
                 equalized,
