@@ -340,7 +340,7 @@ def _samples(request: BuildRequest, inputs: Sequence[TensorSpec]) -> Samples:
 
 def _demand_declared(request: BuildRequest, model: Model) -> None:
     if request.declared is not None:
-        from edgedeploy.prepare.declared import demand_declared
+        from edgedeploy.prepare.count.declared import demand_declared
 
         demand_declared(request.declared, model.compression, model.kinds, name=request.name)
 
@@ -375,7 +375,7 @@ def _formed(
 def _survival(request: BuildRequest, model: Model, formed: Formed, layers: LayerReport) -> SurvivalReport | None:
     if model.quantization is None or formed.table is None:
         return None
-    from edgedeploy.prepare.survival import demand_survival, trace
+    from edgedeploy.prepare.source.survival import demand_survival, trace
 
     report = trace(model.quantization, formed.table, Path(formed.model.path), layers)
     if not request.allow_loss:
@@ -387,8 +387,8 @@ def _compression(
     model: Model, formed: Formed, survival: SurvivalReport | None, layers: LayerReport | None
 ) -> CompressionReport:
     """Count what the artifact's form consists of, and say what became of each kind of compression on the way."""
-    from edgedeploy.prepare.compression import compression_report
-    from edgedeploy.prepare.statements import statements
+    from edgedeploy.prepare.count.compression import compression_report
+    from edgedeploy.prepare.count.statements import statements
 
     report = compression_report(Path(formed.model.path))
     expanded = layers.expanded if layers else ()

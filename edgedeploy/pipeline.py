@@ -221,7 +221,7 @@ def sensitivity(
         UsageError: the model carries its own quantization, so that no layer's precision is ours to choose.
     """
     from edgedeploy.prepare.dataset import load_samples
-    from edgedeploy.prepare.step_costs import sensitivity_of
+    from edgedeploy.prepare.ptq.step_costs import sensitivity_of
 
     resolved, here = this_target(target), this_target("host")
     rules = resolved.quantization.get(backend)
@@ -349,8 +349,8 @@ def inspect(
     Args:
         reference: the same network before channels were removed, in any form that `model` may have.
     """
-    from edgedeploy.prepare.compression import compression_report
-    from edgedeploy.prepare.statements import statements
+    from edgedeploy.prepare.count.compression import compression_report
+    from edgedeploy.prepare.count.statements import statements
 
     def canonical(source: str, given: Path | None) -> Model:
         request = BuildRequest(

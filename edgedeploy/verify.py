@@ -283,7 +283,7 @@ def _demand_same_interface(built: Built, model: Model) -> None:
 
 def _source_form(request: VerifyRequest, source: str, model: Model, progress: Progress) -> _Form:
     from edgedeploy.prepare.load import load
-    from edgedeploy.prepare.reference import source_run
+    from edgedeploy.prepare.source.reference import source_run
 
     progress(f"loading {source}")
     loaded = load(source, request.weights, base=request.base, trust_pickle=request.trust_pickle)
@@ -295,7 +295,7 @@ def _source_form(request: VerifyRequest, source: str, model: Model, progress: Pr
 
 def _canonical_forms(model: Model) -> list[_Form]:
     from edgedeploy.prepare.graph import Runner, read_graph
-    from edgedeploy.prepare.replay import replay
+    from edgedeploy.prepare.source.replay import replay
 
     path = Path(model.path)
     graph = read_graph(path)

@@ -16,8 +16,7 @@ import numpy as np
 
 from edgedeploy.documents import closest
 from edgedeploy.errors import FidelityError, ModelError, UsageError
-from edgedeploy.prepare.absorb import absorb, short_float_weights
-from edgedeploy.prepare.compression import compression_report
+from edgedeploy.prepare.count.compression import compression_report
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, opset_of, read_graph, specs_of, write_graph
@@ -26,10 +25,11 @@ from edgedeploy.prepare.lower import lower_module, lower_program
 from edgedeploy.prepare.lower.half_floats import float_dtype
 from edgedeploy.prepare.markers import translations
 from edgedeploy.prepare.plain_torch import plain_attention, plain_torch
-from edgedeploy.prepare.recognize import found_in_onnx
-from edgedeploy.prepare.reference import source_run, stop_observers
-from edgedeploy.prepare.replay import replay
 from edgedeploy.prepare.silence import silenced
+from edgedeploy.prepare.source.absorb import absorb, short_float_weights
+from edgedeploy.prepare.source.recognize import found_in_onnx
+from edgedeploy.prepare.source.reference import source_run, stop_observers
+from edgedeploy.prepare.source.replay import replay
 from edgedeploy.records.model import Fidelity, FoundCompression, Model, TensorSpec
 from edgedeploy.records.quantization import SourceQuantization
 from edgedeploy.storage import sha256_file

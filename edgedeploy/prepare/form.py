@@ -65,7 +65,7 @@ def form(
     Raises:
         ModelError: the source's compression cannot be kept, and `allow_loss` is False.
     """
-    from edgedeploy.prepare.emit import emit, shorten
+    from edgedeploy.prepare.emission.emit import emit, shorten
 
     if (undone := [item for item in model.kinds if not item.is_kept]) and not allow_loss:
         raise ModelError(
@@ -76,7 +76,7 @@ def form(
     if precision == "int8":
         assert rules is not None, "the caller has looked the rules up"
         if source is not None and _has_codes(source):
-            from edgedeploy.prepare.inherit import inherited_table
+            from edgedeploy.prepare.source.inherit import inherited_table
 
             progress("taking over the quantization that the model carries")
             table, samples = inherited_table(model, rules), checks()
@@ -120,11 +120,11 @@ def _quantized(
     cache: Path | None,
     progress: Progress,
 ) -> tuple[QuantizationTable, Samples, Model]:
-    from edgedeploy.prepare.quantize import quantize
+    from edgedeploy.prepare.ptq.quantize import quantize
 
     progress(f"calibrating on {samples.count} samples of {samples.name}")
     if policy.equalize:
-        from edgedeploy.prepare.equalize import equalize
+        from edgedeploy.prepare.ptq.equalize import equalize
 
         progress("equalizing channels")
         model = equalize(model, samples, folder / "equalized.onnx")

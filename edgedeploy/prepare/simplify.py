@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 
 from edgedeploy.errors import FidelityError, ModelError
-from edgedeploy.prepare.compression import compression_report
+from edgedeploy.prepare.count.compression import compression_report
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, attributes, drop_unused_constants, read_graph, specs_of, view, write_graph
-from edgedeploy.prepare.protect import protect, release
 from edgedeploy.prepare.silence import silenced
+from edgedeploy.prepare.source.protect import protect, release
 from edgedeploy.records.model import Fidelity, Model
 from edgedeploy.storage import sha256_file
 

@@ -13,10 +13,10 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnxruntime.quantization import QuantFormat, QuantType  # noqa: E402
 
 from edgedeploy.errors import FidelityError, ModelError  # noqa: E402
-from edgedeploy.prepare.absorb import absorb, short_float_weights  # noqa: E402
 from edgedeploy.prepare.graph import Runner, view  # noqa: E402
 from edgedeploy.prepare.markers import DOMAIN, operators, translations  # noqa: E402
-from edgedeploy.prepare.protect import protect, release  # noqa: E402
+from edgedeploy.prepare.source.absorb import absorb, short_float_weights  # noqa: E402
+from edgedeploy.prepare.source.protect import protect, release  # noqa: E402
 from edgedeploy.records.quantization import DynamicActivation, Grid  # noqa: E402
 
 from .quantized_sources import (  # noqa: E402

@@ -15,15 +15,15 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgedeploy.errors import ModelError  # noqa: E402
-from edgedeploy.prepare.compression import _pattern, compression_report  # noqa: E402
+from edgedeploy.prepare.count.compression import _pattern, compression_report  # noqa: E402
+from edgedeploy.prepare.count.declared import demand_declared  # noqa: E402
+from edgedeploy.prepare.count.statements import statements  # noqa: E402
+from edgedeploy.prepare.count.stored_weights import _unpacked  # noqa: E402
 from edgedeploy.prepare.dataset import random_samples  # noqa: E402
-from edgedeploy.prepare.declared import demand_declared  # noqa: E402
 from edgedeploy.prepare.export import export  # noqa: E402
 from edgedeploy.prepare.graph import read_graph, view  # noqa: E402
 from edgedeploy.prepare.load import load  # noqa: E402
 from edgedeploy.prepare.simplify import simplify  # noqa: E402
-from edgedeploy.prepare.statements import statements  # noqa: E402
-from edgedeploy.prepare.stored_weights import _unpacked  # noqa: E402
 from edgedeploy.records.compression import Numbers  # noqa: E402
 from edgedeploy.records.model import FoundCompression, TensorSpec  # noqa: E402
 from edgedeploy.records.quantization import (  # noqa: E402

@@ -15,13 +15,13 @@ from torch import nn  # noqa: E402
 from edgedeploy.backends.onnxruntime import BACKEND  # noqa: E402
 from edgedeploy.errors import ModelError  # noqa: E402
 from edgedeploy.prepare.dataset import random_samples  # noqa: E402
-from edgedeploy.prepare.emit import emit, shorten  # noqa: E402
-from edgedeploy.prepare.emit_activations import clamps_nothing  # noqa: E402
+from edgedeploy.prepare.emission.activations import clamps_nothing  # noqa: E402
+from edgedeploy.prepare.emission.emit import emit, shorten  # noqa: E402
 from edgedeploy.prepare.export import export  # noqa: E402
 from edgedeploy.prepare.graph import Runner, attributes, read_graph, view  # noqa: E402
 from edgedeploy.prepare.grid import ActivationGrid  # noqa: E402
 from edgedeploy.prepare.load import Loaded, load  # noqa: E402
-from edgedeploy.prepare.quantize import quantize  # noqa: E402
+from edgedeploy.prepare.ptq.quantize import quantize  # noqa: E402
 from edgedeploy.prepare.simplify import simplify  # noqa: E402
 from edgedeploy.records.model import TensorSpec  # noqa: E402
 from edgedeploy.records.quantization import (  # noqa: E402

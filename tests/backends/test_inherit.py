@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.inherit import inherited_table, map_grid
-from edgedeploy.prepare.survival import represents
+from edgedeploy.prepare.source.inherit import inherited_table, map_grid
+from edgedeploy.prepare.source.survival import represents
 from edgedeploy.records.quantization import ActivationRange, Grid
 from edgedeploy.records.target import QuantizationRules
 
@@ -143,9 +143,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from edgedeploy.prepare.absorb import absorb  # noqa: E402
-from edgedeploy.prepare.compression import compression_report  # noqa: E402
+from edgedeploy.prepare.count.compression import compression_report  # noqa: E402
 from edgedeploy.prepare.graph import opset_of, specs_of, write_graph  # noqa: E402
+from edgedeploy.prepare.source.absorb import absorb  # noqa: E402
 from edgedeploy.records.model import Model  # noqa: E402
 from edgedeploy.storage import sha256_file  # noqa: E402
 

@@ -147,10 +147,10 @@ RULES = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return a function from a network and rules to its Q/DQ file and a batch of 64, made once."""
-    from edgedeploy.prepare.emit import emit
+    from edgedeploy.prepare.emission.emit import emit
     from edgedeploy.prepare.export import export
     from edgedeploy.prepare.load import load
-    from edgedeploy.prepare.quantize import quantize
+    from edgedeploy.prepare.ptq.quantize import quantize
     from edgedeploy.prepare.simplify import simplify
 
     folder = tmp_path_factory.mktemp("written")

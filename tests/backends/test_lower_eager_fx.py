@@ -388,10 +388,10 @@ class _WrittenOut(nn.Conv2d):
 def clamped(tmp_path_factory):
     """Return what becomes of such a network, from FX to the form for ONNX Runtime."""
     from edgedeploy.prepare.dataset import random_samples
-    from edgedeploy.prepare.emit import emit
+    from edgedeploy.prepare.emission.emit import emit
     from edgedeploy.prepare.export import export
-    from edgedeploy.prepare.inherit import inherited_table
     from edgedeploy.prepare.load import Loaded
+    from edgedeploy.prepare.source.inherit import inherited_table
     from edgedeploy.records.model import TensorSpec
     from edgedeploy.records.target import QuantizationRules
 
@@ -416,7 +416,7 @@ def test_clamp_that_integers_cannot_replace_leaves_the_layer_before_it_on_intege
 
 def test_scales_around_a_hard_swish_are_found_in_the_runtimes_graph(clamped):
     from edgedeploy.backends.onnxruntime import BACKEND
-    from edgedeploy.prepare.survival import demand_survival, trace
+    from edgedeploy.prepare.source.survival import demand_survival, trace
 
     model, table, path = clamped
     demand_survival(trace(model.quantization, table, path, BACKEND.inspect(path)))

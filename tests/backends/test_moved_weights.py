@@ -8,7 +8,7 @@ onnx = pytest.importorskip("onnx", reason="graphs need onnx: pip install 'edgede
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgedeploy.prepare.markers import DOMAIN  # noqa: E402
-from edgedeploy.prepare.moved_weights import settle_moves  # noqa: E402
+from edgedeploy.prepare.source.moved_weights import settle_moves  # noqa: E402
 
 HIDDEN, WIDTH = 3, 5
 

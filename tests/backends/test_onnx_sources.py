@@ -15,11 +15,11 @@ from torch import nn  # noqa: E402
 
 from edgedeploy import pipeline  # noqa: E402
 from edgedeploy.errors import ModelError  # noqa: E402
-from edgedeploy.prepare.absorb import absorb  # noqa: E402
-from edgedeploy.prepare.exact_products import exact_here  # noqa: E402
+from edgedeploy.prepare.count.statements import statements  # noqa: E402
+from edgedeploy.prepare.emission.exact_products import exact_here  # noqa: E402
 from edgedeploy.prepare.graph import Runner, opset_of, read_graph, view  # noqa: E402
 from edgedeploy.prepare.integer import IntegerReference  # noqa: E402
-from edgedeploy.prepare.statements import statements  # noqa: E402
+from edgedeploy.prepare.source.absorb import absorb  # noqa: E402
 from edgedeploy.records.model import FoundCompression  # noqa: E402
 
 from .quantized_sources import (  # noqa: E402

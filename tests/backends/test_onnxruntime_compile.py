@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from edgedeploy.backends import parse_options  # noqa: E402
 from edgedeploy.backends.onnxruntime import BACKEND, Options  # noqa: E402
 from edgedeploy.errors import CompileError, UsageError  # noqa: E402
-from edgedeploy.prepare.compression import compression_report  # noqa: E402
+from edgedeploy.prepare.count.compression import compression_report  # noqa: E402
 from edgedeploy.prepare.graph import specs_of  # noqa: E402
 from edgedeploy.records.model import Model  # noqa: E402
 from edgedeploy.records.target import Target  # noqa: E402

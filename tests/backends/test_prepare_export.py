@@ -142,7 +142,9 @@ def test_axis_that_the_model_fixes_is_named(tmp_path):
     wrong = TensorSpec(name="vector", dtype="float32", shape=("batch", "width"))
     loaded = load("tiny_nets:small_mlp", None, base=HERE)
     samples = random_samples([VECTOR], 4, 0)
-    with pytest.raises(ModelError, match=r"cannot be exported.*fixes the axis 'width' to 12; give that axis the number 12"):
+    with pytest.raises(
+        ModelError, match=r"cannot be exported.*fixes the axis 'width' to 12; give that axis the number 12"
+    ):
         export(loaded, [wrong], samples, tmp_path / "m.onnx")
 
 

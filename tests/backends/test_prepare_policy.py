@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 from edgedeploy.errors import ModelError, UsageError
-from edgedeploy.prepare import statistics as statistics_module
 from edgedeploy.prepare.dataset import Samples, random_samples
-from edgedeploy.prepare.emit import emit
-from edgedeploy.prepare.equalize import equalize
+from edgedeploy.prepare.emission.emit import emit
 from edgedeploy.prepare.export import export
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, read_graph, view
 from edgedeploy.prepare.grid import rounded
 from edgedeploy.prepare.load import Loaded
-from edgedeploy.prepare.quantize import quantize
-from edgedeploy.prepare.quantized_set import quantized_set
-from edgedeploy.prepare.rounding import input_moments, row_places
-from edgedeploy.prepare.sensitivity import curve, plan, sensitivities, without
+from edgedeploy.prepare.ptq import statistics as statistics_module
+from edgedeploy.prepare.ptq.equalize import equalize
+from edgedeploy.prepare.ptq.quantize import quantize
+from edgedeploy.prepare.ptq.quantized_set import quantized_set
+from edgedeploy.prepare.ptq.rounding import input_moments, row_places
+from edgedeploy.prepare.ptq.sensitivity import curve, plan, sensitivities, without
+from edgedeploy.prepare.ptq.statistics import statistics, thinned
 from edgedeploy.prepare.simplify import simplify
-from edgedeploy.prepare.statistics import statistics, thinned
 from edgedeploy.records.model import TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.target import QuantizationRules
@@ -203,8 +203,8 @@ def test_chosen_roundings_are_neighbours_and_lose_less_of_every_layer(model, sam
 
 @pytest.mark.parametrize("longest", [3, 12])
 def test_long_channels_are_treated_in_parts(model, samples, tables, monkeypatch, longest, tmp_path):
-    monkeypatch.setattr("edgedeploy.prepare.rounding._LONGEST", longest)
-    monkeypatch.setattr("edgedeploy.prepare.rounding._TURN_BYTES", 10_000)
+    monkeypatch.setattr("edgedeploy.prepare.ptq.rounding._LONGEST", longest)
+    monkeypatch.setattr("edgedeploy.prepare.ptq.rounding._TURN_BYTES", 10_000)
     table = quantize(model, samples, ASYMMETRIC, CHOSEN)
     assert table.weights != tables["adaround"].weights
     whole, in_parts = (sqnr_db(model, item, ASYMMETRIC, 7, tmp_path) for item in (tables["adaround"], table))

@@ -14,15 +14,15 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgedeploy.backends.onnxruntime import BACKEND  # noqa: E402
 from edgedeploy.errors import FidelityError, ModelError  # noqa: E402
-from edgedeploy.prepare import emit as emit_module  # noqa: E402
-from edgedeploy.prepare.calibrate import extremes, mean_errors  # noqa: E402
 from edgedeploy.prepare.dataset import random_samples  # noqa: E402
-from edgedeploy.prepare.emit import emit  # noqa: E402
+from edgedeploy.prepare.emission import emit as emit_module  # noqa: E402
+from edgedeploy.prepare.emission.emit import emit  # noqa: E402
 from edgedeploy.prepare.export import export  # noqa: E402
 from edgedeploy.prepare.fidelity import compare  # noqa: E402
 from edgedeploy.prepare.graph import Runner, read_graph, view  # noqa: E402
 from edgedeploy.prepare.load import Loaded, load  # noqa: E402
-from edgedeploy.prepare.quantize import quantize  # noqa: E402
+from edgedeploy.prepare.ptq.calibrate import extremes, mean_errors  # noqa: E402
+from edgedeploy.prepare.ptq.quantize import quantize  # noqa: E402
 from edgedeploy.prepare.simplify import simplify  # noqa: E402
 from edgedeploy.records.model import TensorSpec  # noqa: E402
 from edgedeploy.records.target import QuantizationRules  # noqa: E402

@@ -18,8 +18,8 @@ from edgedeploy.lab.bundle import connect, ship
 from edgedeploy.lab.transport import LocalTransport
 from edgedeploy.lab.visits import Schedule, Side, compute_outputs, measure_block, measure_memory
 from edgedeploy.ondevice.runner import load_session_class
-from edgedeploy.records.device import Device
 from edgedeploy.records.compression import CompressionReport
+from edgedeploy.records.device import Device
 from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.run import Boundary
 from edgedeploy.records.target import Target

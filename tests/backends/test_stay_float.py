@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 from edgedeploy.errors import FidelityError
-from edgedeploy.prepare import emit as emit_module
+from edgedeploy.prepare.emission import emit as emit_module
 from edgedeploy.prepare.dataset import random_samples
-from edgedeploy.prepare.emit import emit
+from edgedeploy.prepare.emission.emit import emit
 from edgedeploy.prepare.export import export
 from edgedeploy.prepare.graph import read_graph, view
 from edgedeploy.prepare.load import Loaded
-from edgedeploy.prepare.quantize import quantize
+from edgedeploy.prepare.ptq.quantize import quantize
 from edgedeploy.prepare.simplify import simplify
 from edgedeploy.records.model import TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy

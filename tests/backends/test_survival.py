@@ -12,14 +12,14 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from onnx import helper, numpy_helper  # noqa: E402
 
 from edgedeploy.errors import FidelityError  # noqa: E402
-from edgedeploy.prepare.absorb import absorb  # noqa: E402
-from edgedeploy.prepare.compression import compression_report  # noqa: E402
+from edgedeploy.prepare.count.compression import compression_report  # noqa: E402
 from edgedeploy.prepare.dataset import random_samples  # noqa: E402
-from edgedeploy.prepare.emit import emit  # noqa: E402
+from edgedeploy.prepare.emission.emit import emit  # noqa: E402
 from edgedeploy.prepare.graph import opset_of, read_graph, specs_of, write_graph  # noqa: E402
-from edgedeploy.prepare.inherit import inherited_table  # noqa: E402
-from edgedeploy.prepare.protect import protect, release  # noqa: E402
-from edgedeploy.prepare.survival import demand_survival, trace  # noqa: E402
+from edgedeploy.prepare.source.absorb import absorb  # noqa: E402
+from edgedeploy.prepare.source.inherit import inherited_table  # noqa: E402
+from edgedeploy.prepare.source.protect import protect, release  # noqa: E402
+from edgedeploy.prepare.source.survival import demand_survival, trace  # noqa: E402
 from edgedeploy.records.artifact import LayerReport  # noqa: E402
 from edgedeploy.records.model import Model  # noqa: E402
 from edgedeploy.records.target import QuantizationRules  # noqa: E402

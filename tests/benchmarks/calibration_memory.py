@@ -33,8 +33,8 @@ def measure(kind, model_path, count):
     from edgedeploy.documents import read_json
     from edgedeploy.prepare.dataset import Samples
     from edgedeploy.prepare.graph import read_graph, view
-    from edgedeploy.prepare.quantized_set import quantized_set
-    from edgedeploy.prepare.statistics import statistics
+    from edgedeploy.prepare.ptq.quantized_set import quantized_set
+    from edgedeploy.prepare.ptq.statistics import statistics
     from edgedeploy.records.dataset import InputPreparation
     from edgedeploy.records.model import FORMAT, Model
 

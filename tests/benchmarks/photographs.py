@@ -18,13 +18,13 @@ import numpy as np
 
 from edgedeploy.judge.proportions import exact_mcnemar
 from edgedeploy.prepare.dataset import Samples, load_samples
-from edgedeploy.prepare.emit import emit
-from edgedeploy.prepare.equalize import equalize
+from edgedeploy.prepare.emission.emit import emit
 from edgedeploy.prepare.export import export
 from edgedeploy.prepare.graph import Runner, read_graph, view
 from edgedeploy.prepare.load import load
-from edgedeploy.prepare.quantize import quantize
-from edgedeploy.prepare.sensitivity import curve, without
+from edgedeploy.prepare.ptq.equalize import equalize
+from edgedeploy.prepare.ptq.quantize import quantize
+from edgedeploy.prepare.ptq.sensitivity import curve, without
 from edgedeploy.prepare.simplify import simplify
 from edgedeploy.records.model import TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy

@@ -23,8 +23,8 @@ from edgedeploy.errors import DeviceBusy, DeviceError, DeviceUnreachable, Transf
 from edgedeploy.lab import bundle, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.transport import Transport
-from edgedeploy.records.device import Device
 from edgedeploy.records.compression import CompressionReport
+from edgedeploy.records.device import Device
 from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.target import Target
 from edgedeploy.storage import sha256_file

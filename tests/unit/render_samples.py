@@ -4,8 +4,8 @@ import math
 import random
 
 from edgedeploy.records.artifact import Artifact, LayerReport, Recipe
-from edgedeploy.records.device import DeviceFacts
 from edgedeploy.records.compression import CompressionReport
+from edgedeploy.records.device import DeviceFacts
 from edgedeploy.records.model import Fidelity, OutputFidelity, TensorSpec
 from edgedeploy.records.run import ArtifactReference, Boundary, Burst, Conditions, MemoryVisit, Outputs, Run, Visit
 from edgedeploy.records.verdict import CellVerdict, Finding, Margin, Policy, Verdict

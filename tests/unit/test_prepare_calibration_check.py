@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from edgedeploy.errors import DocumentError
-from edgedeploy.prepare.calibration_check import check_calibration
 from edgedeploy.prepare.dataset import Samples
+from edgedeploy.prepare.ptq.calibration_check import check_calibration
 from edgedeploy.records.dataset import InputPreparation
 from edgedeploy.records.model import TensorSpec
 

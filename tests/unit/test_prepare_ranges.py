@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedeploy.prepare.grid import activation_grid
-from edgedeploy.prepare.ranges import activation_range, percentile, squared_error
-from edgedeploy.prepare.statistics import BINS, Statistics, histogram, stride
+from edgedeploy.prepare.ptq.ranges import activation_range, percentile, squared_error
+from edgedeploy.prepare.ptq.statistics import BINS, Statistics, histogram, stride
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.target import QuantizationRules
 

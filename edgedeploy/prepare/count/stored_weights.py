@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.prepare.graph import View, attributes
-from edgedeploy.prepare.quantized_set import MOVES
+from edgedeploy.prepare.ptq.quantized_set import MOVES
 from edgedeploy.records.compression import Numbers, Scales
 from edgedeploy.records.quantization import (
     ActivationRange,

@@ -12,7 +12,7 @@ import numpy as np
 from edgedeploy.errors import ModelError
 from edgedeploy.prepare.graph import View, read_graph, view
 from edgedeploy.prepare.grid import activation_grid
-from edgedeploy.prepare.quantized_set import MOVES
+from edgedeploy.prepare.ptq.quantized_set import MOVES
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import ActivationRange, Grid, QuantizationTable, SourceQuantization
 from edgedeploy.records.target import QuantizationRules

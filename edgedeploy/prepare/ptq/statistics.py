@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.calibrate import Extremes, bare, extremes, small_batches
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.graph import Runner
+from edgedeploy.prepare.ptq.calibrate import Extremes, bare, extremes, small_batches
 from edgedeploy.records.model import Model
 from edgedeploy.storage import atomic_path, sha256_bytes
 

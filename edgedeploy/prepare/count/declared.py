@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from edgedeploy.documents import closest
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.statements import module_of
+from edgedeploy.prepare.count.statements import module_of
 from edgedeploy.records.compression import CompressionReport, LayerCompression
 from edgedeploy.records.model import FoundCompression
 from edgedeploy.records.release import Declared

@@ -30,12 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.clean_graph import MOVES, CleanGraph, Codes, inner, refusal, rename_inside
 from edgedeploy.prepare.graph import attributes, opset_of, view
 from edgedeploy.prepare.markers import DOMAIN
-from edgedeploy.prepare.moved_weights import settle_moves
-from edgedeploy.prepare.qoperators import to_qdq
-from edgedeploy.prepare.widen import widened
+from edgedeploy.prepare.source.clean_graph import MOVES, CleanGraph, Codes, inner, refusal, rename_inside
+from edgedeploy.prepare.source.moved_weights import settle_moves
+from edgedeploy.prepare.source.qoperators import to_qdq
+from edgedeploy.prepare.source.widen import widened
 from edgedeploy.records.quantization import (
     DynamicActivation,
     Grid,

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import FidelityError
-from edgedeploy.prepare.clean_graph import MOVES
 from edgedeploy.prepare.graph import View, read_graph, view
-from edgedeploy.prepare.inherit import used_codes
+from edgedeploy.prepare.source.clean_graph import MOVES
+from edgedeploy.prepare.source.inherit import used_codes
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.quantization import Grid, QuantizationTable, SourceQuantization, WeightQuantization
 from edgedeploy.records.survival import Fate, Stage, SurvivalEntry, SurvivalReport

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgedeploy.prepare.emit_draft import NAMES, Draft
+from edgedeploy.prepare.emission.draft import NAMES, Draft
 from edgedeploy.prepare.graph import attributes
 from edgedeploy.prepare.grid import ActivationGrid, activation_grid
 
@@ -35,7 +35,7 @@ def activation_grids(draft: Draft) -> dict[str, ActivationGrid]:
         if values.grid is None:
             grids[tensor] = activation_grid(values, draft.rules)
             continue
-        from edgedeploy.prepare.inherit import map_grid
+        from edgedeploy.prepare.source.inherit import map_grid
 
         grid, is_exact, change = map_grid(values, draft.rules)
         dtype = np.dtype(draft.rules.activation_dtype)

@@ -17,11 +17,12 @@ import msgspec
 import numpy as np
 
 from edgedeploy.errors import FidelityError, InternalError, ModelError
-from edgedeploy.prepare.compression import compression_report
+from edgedeploy.prepare.count.compression import compression_report
 from edgedeploy.prepare.dataset import Samples
-from edgedeploy.prepare.emit_activations import activation_grids, activation_pair, superfluous_clamps
-from edgedeploy.prepare.emit_draft import NAMES, Draft
-from edgedeploy.prepare.emit_products import (
+from edgedeploy.prepare.emission.activations import activation_grids, activation_pair, superfluous_clamps
+from edgedeploy.prepare.emission.draft import NAMES, Draft
+from edgedeploy.prepare.emission.exact_products import exact_here
+from edgedeploy.prepare.emission.products import (
     dynamic_lstm,
     dynamic_product,
     fits_dynamic,
@@ -29,19 +30,18 @@ from edgedeploy.prepare.emit_products import (
     fits_packed,
     packed_product,
 )
-from edgedeploy.prepare.emit_weights import (
+from edgedeploy.prepare.emission.stay_float import keep_float
+from edgedeploy.prepare.emission.weights import (
     codes_of,
     write_bias,
     write_dequantized,
     write_integer_weights,
     write_short_float,
 )
-from edgedeploy.prepare.exact_products import exact_here
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, drop_unused_constants, read_graph, view, write_graph
 from edgedeploy.prepare.grid import ActivationGrid
-from edgedeploy.prepare.stay_float import keep_float
 from edgedeploy.records.model import Fidelity, Model
 from edgedeploy.records.quantization import QuantizationTable, WeightQuantization
 from edgedeploy.records.target import QuantizationRules

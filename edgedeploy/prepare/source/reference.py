@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.exact_products import exact_here
+from edgedeploy.prepare.emission.exact_products import exact_here
 from edgedeploy.prepare.graph import Runner, stamp_oldest
 from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.lower.half_floats import float_dtype

@@ -9,16 +9,16 @@ import numpy as np
 
 from edgedeploy.documents import closest
 from edgedeploy.errors import ModelError, UsageError
-from edgedeploy.prepare.calibrate import mean_errors
-from edgedeploy.prepare.calibration_check import check_calibration
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.graph import View, read_graph, view
 from edgedeploy.prepare.grid import activation_grid, rounded, smallest_scales, weight_scales
-from edgedeploy.prepare.quantized_set import MOVES, QuantizedSet, bias_of, quantized_set, weight_axis
-from edgedeploy.prepare.ranges import activation_range
-from edgedeploy.prepare.rounding import choose, input_moments, row_places
-from edgedeploy.prepare.sensitivity import plan, without
-from edgedeploy.prepare.statistics import statistics
+from edgedeploy.prepare.ptq.calibrate import mean_errors
+from edgedeploy.prepare.ptq.calibration_check import check_calibration
+from edgedeploy.prepare.ptq.quantized_set import MOVES, QuantizedSet, bias_of, quantized_set, weight_axis
+from edgedeploy.prepare.ptq.ranges import activation_range
+from edgedeploy.prepare.ptq.rounding import choose, input_moments, row_places
+from edgedeploy.prepare.ptq.sensitivity import plan, without
+from edgedeploy.prepare.ptq.statistics import statistics
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import (
     ActivationRange,

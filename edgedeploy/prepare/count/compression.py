@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.graph import View, attributes, read_graph, tidy, view
-from edgedeploy.prepare.multiply_adds import Shapes, counts_macs, node_macs, shapes_of_one_sample
-from edgedeploy.prepare.stored_weights import (
+from edgedeploy.prepare.count.multiply_adds import Shapes, counts_macs, node_macs, shapes_of_one_sample
+from edgedeploy.prepare.count.stored_weights import (
     PRODUCTS,
     Learnt,
     Stored,
@@ -25,6 +24,7 @@ from edgedeploy.prepare.stored_weights import (
     learnt_by,
     weights_in_table,
 )
+from edgedeploy.prepare.graph import View, attributes, read_graph, tidy, view
 from edgedeploy.records.compression import CompressionReport, LayerCompression, Numbers, Pattern
 from edgedeploy.records.quantization import QuantizationTable, SourceQuantization
 from edgedeploy.storage import sha256_bytes

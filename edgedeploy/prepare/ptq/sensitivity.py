@@ -20,9 +20,9 @@ from edgedeploy.errors import ModelError
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.fidelity import Tensors, compare
 from edgedeploy.prepare.graph import Runner, View, read_graph, view
-from edgedeploy.prepare.quantized_set import QuantizedSet, bias_of, quantized_set
-from edgedeploy.prepare.simulate import simulate
-from edgedeploy.prepare.statistics import thinned
+from edgedeploy.prepare.ptq.quantized_set import QuantizedSet, bias_of, quantized_set
+from edgedeploy.prepare.ptq.simulate import simulate
+from edgedeploy.prepare.ptq.statistics import thinned
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import QuantizationTable
 from edgedeploy.records.sensitivity import LayerSensitivity, PlanPoint, PrecisionPlan, SensitivityCurve

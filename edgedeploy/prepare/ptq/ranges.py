@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.statistics import Statistics
+from edgedeploy.prepare.ptq.statistics import Statistics
 from edgedeploy.records.quantization import ActivationRange, QuantizationPolicy
 from edgedeploy.records.target import QuantizationRules
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
-from edgedeploy.prepare.emit_draft import NAMES, Draft
+from edgedeploy.prepare.emission.draft import NAMES, Draft
 from edgedeploy.prepare.graph import opset_of
 from edgedeploy.prepare.grid import ActivationGrid, bias_integers, integers, weight_scales
-from edgedeploy.prepare.quantized_set import bias_of
+from edgedeploy.prepare.ptq.quantized_set import bias_of
 from edgedeploy.records.quantization import WeightQuantization
 
 if TYPE_CHECKING:

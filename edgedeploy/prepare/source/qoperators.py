@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.clean_graph import refusal
 from edgedeploy.prepare.graph import View, attributes, opset_of, view
 from edgedeploy.prepare.markers import DOMAIN
+from edgedeploy.prepare.source.clean_graph import refusal
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

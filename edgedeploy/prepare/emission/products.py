@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.emit_draft import CONTRIB, NAMES, Draft
-from edgedeploy.prepare.emit_weights import Codes, codes_of
+from edgedeploy.prepare.emission.draft import CONTRIB, NAMES, Draft
+from edgedeploy.prepare.emission.weights import Codes, codes_of
 from edgedeploy.prepare.graph import attributes
-from edgedeploy.prepare.quantized_set import weight_axis
+from edgedeploy.prepare.ptq.quantized_set import weight_axis
 from edgedeploy.records.quantization import WeightQuantization
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 
 from edgedeploy.errors import UsageError
-from edgedeploy.prepare.calibrate import small_batches
 from edgedeploy.prepare.dataset import Samples
-from edgedeploy.prepare.emit import emit
-from edgedeploy.prepare.equalize import equalize
+from edgedeploy.prepare.emission.emit import emit
 from edgedeploy.prepare.graph import read_graph, view
-from edgedeploy.prepare.quantize import quantize
-from edgedeploy.prepare.sensitivity import curve, without
-from edgedeploy.prepare.statistics import thinned
+from edgedeploy.prepare.ptq.calibrate import small_batches
+from edgedeploy.prepare.ptq.equalize import equalize
+from edgedeploy.prepare.ptq.quantize import quantize
+from edgedeploy.prepare.ptq.sensitivity import curve, without
+from edgedeploy.prepare.ptq.statistics import thinned
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import QuantizationPolicy, QuantizationTable
 from edgedeploy.records.sensitivity import PlanPoint, Sensitivity, SensitivityStep

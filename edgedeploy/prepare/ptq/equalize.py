@@ -28,12 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.errors import FidelityError
-from edgedeploy.prepare.calibrate import bare, small_batches
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, View, attributes, read_graph, view, write_graph
-from edgedeploy.prepare.quantized_set import bias_of
+from edgedeploy.prepare.ptq.calibrate import bare, small_batches
+from edgedeploy.prepare.ptq.quantized_set import bias_of
 from edgedeploy.records.model import Model
 from edgedeploy.storage import sha256_file
 

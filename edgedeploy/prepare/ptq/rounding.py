@@ -20,11 +20,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.calibrate import bare, small_batches
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.graph import Runner, View, attributes
 from edgedeploy.prepare.grid import largest_weight, rounding_text, spread
-from edgedeploy.prepare.statistics import thinned
+from edgedeploy.prepare.ptq.calibrate import bare, small_batches
+from edgedeploy.prepare.ptq.statistics import thinned
 from edgedeploy.records.model import Model
 from edgedeploy.records.quantization import WeightQuantization
 

@@ -1,0 +1,1 @@
+"""Quantization after training: calibration, ranges, equalization, rounding, and which layers stay in float."""

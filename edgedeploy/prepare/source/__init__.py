@@ -1,0 +1,1 @@
+"""What a quantized source carries: read out of its graph, carried through clean-up, proven and traced."""
