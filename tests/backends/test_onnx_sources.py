@@ -254,6 +254,21 @@ def test_signed_weights_of_integer_operators_have_an_exact_twin(place, tmp_path)
         assert exact_here(read_graph(place / f"{name}.onnx")) is None
 
 
+@pytest.mark.parametrize("net", ["cnn", "mlp"])
+def test_sources_whose_own_kernels_saturate_here_are_taken_for_what_they_mean(net, place, tmp_path):
+    wide = STATIC["QOperator"] | {"reduce_range": False}
+    signed = {"weight_type": S8}
+    for name, source in (
+        ("operators", onnxruntime_static(onnx.load(place / f"{net} float.onnx"), SHAPES[net], tmp_path, **wide)),
+        ("dynamic", onnxruntime_dynamic(onnx.load(place / f"{net} float.onnx"), tmp_path, **signed)),
+    ):
+        onnx.save(source, tmp_path / f"{name}.onnx")
+        built = pipeline.compile(str(tmp_path / f"{name}.onnx"), precision="int8", target="x86-64")
+        assert built.artifact.survival.largest_relative_change == 0
+        meant = answer(exact_here(source) or source.SerializeToString(), net, is_optimized=False)
+        assert ratio_db(meant, answer(built.file, net, is_optimized=False)) > 30
+
+
 def test_layers_that_onnx_renamed_are_counted_with_those_that_it_did_not(place):
     report = pipeline.inspect(str(place / "cnn U8S8.onnx")).compression
     artifact = pipeline.compile(str(place / "cnn U8S8.onnx"), precision="int8", target="x86-64").artifact.compression
