@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from edgedeploy.errors import FidelityError
-from edgedeploy.prepare.emission import emit as emit_module
 from edgedeploy.prepare.dataset import random_samples
+from edgedeploy.prepare.emission import emit as emit_module
 from edgedeploy.prepare.emission.emit import emit
 from edgedeploy.prepare.export import export
 from edgedeploy.prepare.graph import read_graph, view
