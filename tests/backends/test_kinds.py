@@ -108,3 +108,9 @@ def test_scales_are_those_that_training_saw(name, place):
     inputs = [f"{key}={','.join(map(str, shape))}" for key, shape in kinds.KINDS[name][1].items()]
     found = pipeline.inspect(f"tests.kinds:{kinds.slug(name)}", inputs=inputs)
     assert {scale for grid in found.quantization.weights.values() for scale in grid.scales} == trained
+
+
+def test_table_in_the_documents_has_every_kind():
+    rows = (ROOT / "edgedeploy" / "KINDS.md").read_text().splitlines()
+    named = [row.split("|")[1].strip() for row in rows if row.startswith("|")][2:]
+    assert named == list(kinds.KINDS)

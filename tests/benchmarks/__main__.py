@@ -57,7 +57,7 @@ def main(names: tuple[str, ...], options: tuple[str, ...]) -> int:
             ),
             "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "machine": f"{cpu_model()}, {platform.machine()}, Python {platform.python_version()}",
-            "figures": json.loads(done.stdout),
+            "figures": json.loads(done.stdout[done.stdout.index("{\n") :]),  # packages print when they load weights
         }
         (FIGURES / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     return failed
