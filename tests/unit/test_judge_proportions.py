@@ -50,7 +50,9 @@ def test_interval_encloses_the_drop_seen_and_turns_with_the_sides(table):
 @given(TABLES, st.floats(-0.02, 0.1), st.floats(0.001, 0.05))
 def test_a_wider_margin_is_easier_to_stay_within(table, drop, more):
     lost, gained, samples = table
-    assert p_not_worse(lost, gained, samples, drop + more) <= p_not_worse(lost, gained, samples, drop) + 1e-3
+    # The statistic's order of tables depends on the margin, so the exact p-value can rise a little: (5, 9, 347) from
+    # margin 0 to 0.0012 by 0.017.
+    assert p_not_worse(lost, gained, samples, drop + more) <= p_not_worse(lost, gained, samples, drop) + 0.03
 
 
 @settings(max_examples=30, deadline=None)
