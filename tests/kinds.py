@@ -509,6 +509,9 @@ KINDS = {
 
 def make(name):
     """Return a new module of a kind; what torch warns about its own future is not repeated."""
+    # Whoever quantized before may have left another engine, and not every engine has every packed form.
+    if "x86" in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = "x86"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return copy.copy(KINDS[name][0]())
