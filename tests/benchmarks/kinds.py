@@ -22,6 +22,7 @@ from onnx import numpy_helper
 
 from edgedeploy import pipeline
 from edgedeploy.errors import EdgedeployError
+from edgedeploy.prepare.source.reference import stop_observers
 from tests import kinds
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,7 +54,8 @@ def tensors_for(module, feeds):
 
 
 def answers(module, feeds):
-    """Return PyTorch's outputs as float32 arrays, in order."""
+    """Return PyTorch's outputs as float32 arrays, in order; prepared models stop observing, which would move their grids."""
+    stop_observers(module)
     tensors = tensors_for(module, feeds)
     with torch.no_grad():
         made = module(*tensors)
