@@ -33,10 +33,8 @@ BITS = {"fbgemm": 7, "qnnpack": 8}
 
 @pytest.fixture(params=list(BITS))
 def engine(request):
-    before = torch.backends.quantized.engine
     torch.backends.quantized.engine = request.param
-    yield request.param
-    torch.backends.quantized.engine = before
+    return request.param
 
 
 class Tagger(nn.Module):
@@ -269,12 +267,9 @@ def test_other_dynamic_layers_are_refused_by_name():
 @settings(max_examples=40, deadline=None)
 @given(inputs=st.integers(1, 40), outputs=st.integers(1, 9), has_bias=st.booleans(), name=st.sampled_from(list(BITS)))
 def test_the_probe_tells_engines_apart_at_any_size(inputs, outputs, has_bias, name):
-    before, torch.backends.quantized.engine = torch.backends.quantized.engine, name
-    try:
-        model = quantized(lambda: nn.Sequential(nn.Linear(inputs, outputs, bias=has_bias)))
-        assert lowered(model)[0][0].bits == BITS[name]
-    finally:
-        torch.backends.quantized.engine = before
+    torch.backends.quantized.engine = name
+    model = quantized(lambda: nn.Sequential(nn.Linear(inputs, outputs, bias=has_bias)))
+    assert lowered(model)[0][0].bits == BITS[name]
 
 
 def test_transformer_encoder_is_exported_without_torchs_fused_kernel(tmp_path):

@@ -58,13 +58,6 @@ MADE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def engine_as_before():
-    before = torch.backends.quantized.engine
-    yield
-    torch.backends.quantized.engine = before
-
-
 @pytest.fixture(scope="module")
 def made():
     """Return a function from a name to its prepared and converted module, made once."""
