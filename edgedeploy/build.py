@@ -384,15 +384,14 @@ def _survival(request: BuildRequest, model: Model, formed: Formed, layers: Layer
 
 
 def _compression(
-    model: Model, formed: Formed, survival: SurvivalReport | None, layers: LayerReport | None
+    model: Model, formed: Formed, survival: SurvivalReport | None, layers: LayerReport
 ) -> CompressionReport:
     """Count what the artifact's form consists of, and say what became of each kind of compression on the way."""
     from edgedeploy.prepare.count.compression import compression_report
     from edgedeploy.prepare.count.statements import statements
 
     report = compression_report(Path(formed.model.path))
-    expanded = layers.expanded if layers else ()
-    made = statements(model.kinds, model.compression, report, _changes(survival), expanded)
+    made = statements(model.kinds, model.compression, report, _changes(survival), layers.expanded)
     return msgspec.structs.replace(report, statements=made)
 
 

@@ -172,7 +172,7 @@ def compile(
         quantization: how a float model is quantized, as a record or as texts "ranges=mse".
         allow_loss: build even what cannot keep the model's compression; the manifest then says what is lost.
     """
-    policy = quantization if isinstance(quantization, QuantizationPolicy) else policy_from_pairs(quantization)
+    policy = _policy(quantization)
     if quantization and precision != "int8" and not isinstance(quantization, QuantizationPolicy):
         raise UsageError(
             f"-Q {quantization[0]} says how int8 is made, and the precision is {precision}; add --precision int8, or "
@@ -245,7 +245,7 @@ def sensitivity(
         model,
         load_samples(calibration, model.inputs),
         rules,
-        quantization if isinstance(quantization, QuantizationPolicy) else policy_from_pairs(quantization),
+        _policy(quantization),
         name=request.name,
         target=resolved.name,
         backend=backend,
@@ -501,6 +501,10 @@ def _leakage_notes(path: Path, release: Release, artifacts: Mapping[str, Artifac
     if not shared:
         return ()
     return (f"{shared} of the {evaluation.count} evaluation samples were also calibrated on: accuracy is flattered",)
+
+
+def _policy(given: Sequence[str] | QuantizationPolicy) -> QuantizationPolicy:
+    return given if isinstance(given, QuantizationPolicy) else policy_from_pairs(given)
 
 
 def _limits(target: str) -> ConditionLimits:

@@ -65,10 +65,10 @@ class Tagger(nn.Module):
         return self.head(states[:, -1])
 
 
-def seeded(make, *arguments):
+def seeded(make, *arguments, **options):
     """Return a module with weights and batch statistics that are random and always the same."""
     torch.manual_seed(0)
-    module = make(*arguments)
+    module = make(*arguments, **options)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.running_mean.uniform_(-0.5, 0.5)

@@ -19,12 +19,10 @@ Examples:
 """,
 )
 @click.argument("source")
-@click.option("--weights", type=click.Path(path_type=Path), help="A state_dict: .safetensors, or .pt of tensors only.")
-@click.option(
-    "--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="E.g. image=1x3x224x224:float32; repeatable."
-)
-@click.option("--target", default="host", show_default=True, help="A kind of device; see: edgedeploy targets list.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="A runtime; see: edgedeploy backends list.")
+@console.weights_option
+@console.input_option
+@console.target_option
+@console.backend_option
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
 @click.option("--calibration", type=click.Path(path_type=Path), help="A calibration folder or an .npz.")
 @click.option("-O", "options", multiple=True, metavar="KEY=VALUE", help="An option of the back end; repeatable.")
@@ -39,7 +37,7 @@ Examples:
 @click.option("--allow-loss", is_flag=True, help="Build also what loses compression, and say what.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR")
 @click.option("--name", help="What to call the model. [default: from SOURCE]")
-@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@console.trust_pickle_option
 @click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
 @console.quiet_option
 @console.json_option
@@ -105,7 +103,7 @@ Examples:
 @click.option("--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="For a Python reference.")
 @click.option("--reference", metavar="DENSE", help="The .onnx or .pt2 from which channels were removed: says how many.")
 @click.option("--layers/--no-layers", default=None, help="All layers, or none. [default: the largest]")
-@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@console.trust_pickle_option
 @console.quiet_option
 @console.json_option
 def inspect_command(

@@ -24,6 +24,21 @@ _COUNT_PERIOD_S = 2.0
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+trust_pickle_option = click.option(
+    "--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made."
+)
+weights_option = click.option(
+    "--weights", type=click.Path(path_type=Path), help="A state_dict: .safetensors, or .pt of tensors only."
+)
+input_option = click.option(
+    "--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="E.g. image=1x3x224x224:float32; repeatable."
+)
+target_option = click.option(
+    "--target", default="host", show_default=True, help="A kind of device; see: edgedeploy targets list."
+)
+backend_option = click.option(
+    "--backend", default="onnxruntime", show_default=True, help="A runtime; see: edgedeploy backends list."
+)
 lab_option = click.option("--lab", type=click.Path(path_type=Path), help="The lab file. [default: user's lab.toml]")
 results_option = click.option(
     "--results",

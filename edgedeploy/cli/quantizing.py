@@ -20,12 +20,10 @@ Examples:
 )
 @click.argument("model")
 @click.option("--calibration", type=click.Path(path_type=Path), required=True, help="A calibration folder or an .npz.")
-@click.option("--weights", type=click.Path(path_type=Path), help="A state_dict: .safetensors, or .pt of tensors only.")
-@click.option(
-    "--input", "inputs", multiple=True, metavar="NAME=SHAPE[:DTYPE]", help="E.g. image=1x3x224x224:float32; repeatable."
-)
-@click.option("--target", default="host", show_default=True, help="A kind of device; see: edgedeploy targets list.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="A runtime; see: edgedeploy backends list.")
+@console.weights_option
+@console.input_option
+@console.target_option
+@console.backend_option
 @click.option(
     "-Q",
     "quantization",
@@ -34,7 +32,7 @@ Examples:
     help="As of compile; max_float_layers and budget_db say where the curve ends; repeatable.",
 )
 @click.option("--name", help="What to call the model. [default: from MODEL]")
-@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@console.trust_pickle_option
 @console.quiet_option
 @console.json_option
 def sensitivity_command(

@@ -31,7 +31,7 @@ def init_command(path: Path, force: bool, as_json: bool) -> None:
 @click.option("--cell", "cells", multiple=True, help="Only this candidate cell; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Show what would be built, shipped and measured, and stop.")
 @click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
-@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@console.trust_pickle_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides the order of bursts.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit XML here.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write Markdown here.")

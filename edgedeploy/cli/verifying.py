@@ -51,7 +51,7 @@ Examples:
 @click.option(
     "--base", type=click.Path(path_type=Path, file_okay=False), help="Where Python modules are looked up. [default: .]"
 )
-@click.option("--trust-pickle", is_flag=True, help="Run the code inside pickled files: only for files you made.")
+@console.trust_pickle_option
 @console.quiet_option
 @console.json_option
 def verify_command(

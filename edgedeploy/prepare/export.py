@@ -22,13 +22,12 @@ from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, opset_of, read_graph, specs_of, write_graph
 from edgedeploy.prepare.load import Loaded
 from edgedeploy.prepare.lower import lower_module, lower_program
-from edgedeploy.prepare.lower.half_floats import float_dtype
 from edgedeploy.prepare.markers import translations
 from edgedeploy.prepare.plain_torch import plain_attention, plain_torch
 from edgedeploy.prepare.silence import silenced
 from edgedeploy.prepare.source.absorb import absorb, short_float_weights
 from edgedeploy.prepare.source.recognize import found_in_onnx
-from edgedeploy.prepare.source.reference import source_run, stop_observers
+from edgedeploy.prepare.source.reference import module_call, program_call, source_run
 from edgedeploy.prepare.source.replay import replay
 from edgedeploy.records.model import Fidelity, FoundCompression, Model, TensorSpec
 from edgedeploy.records.quantization import SourceQuantization
@@ -164,20 +163,12 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
     inputs, by_name = _in_forward_order(module, given)
     example = _example(inputs, samples)
     names = [spec.name for spec in inputs]
-    short = float_dtype(module)
     # Before it runs for the first time: what observers have seen is part of a prepared model.
-    stop_observers(module)
+    call = module_call(module, inputs)
     lowered, found = lower_module(_copy(loaded, module))
-
-    def call(tensors: Mapping[str, Tensor]) -> Any:
-        ordered = [tensors[name] for name in names]
-        if short is not None:
-            ordered = [value.to(short) if value.is_floating_point() else value for value in ordered]
-        with plain_torch():
-            return module(**dict(zip(names, ordered, strict=True))) if by_name else module(*ordered)
-
     try:
-        answer = call(example)
+        with plain_torch():
+            answer = call([example[name] for name in names])
     except Exception as error:  # the person's forward may fail in any way
         raise ModelError(
             f"{loaded.source} cannot run on {_shapes(example)}: {type(error).__name__}: {error}; check the inputs' "
@@ -197,7 +188,6 @@ def _trace_module(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: S
         raise ModelError(f"{loaded.source} cannot be exported: {_export_complaint(error)}") from error
 
     _demand_named_axes(loaded, program, inputs)
-
     return _Traced(program, inputs, outputs, found)
 
 
@@ -255,28 +245,17 @@ def _demand_named_axes(loaded: Loaded, program: ExportedProgram, inputs: Sequenc
 
 def _adopt(loaded: Loaded, given: Sequence[TensorSpec] | None, samples: Samples) -> _Traced:
     """Take a program that was exported elsewhere; its shapes are fixed in it."""
-    from torch.utils import _pytree as pytree
-
     program: ExportedProgram = loaded.program
     declared = _program_inputs(program)
     inputs = _agreed(loaded, declared, given) if given else declared
-    module = program.module()
-    in_spec = program.call_spec.in_spec
-
-    def call(tensors: Sequence[Tensor]) -> Any:
-        arguments, keywords = pytree.tree_unflatten(list(tensors), in_spec)
-        return module(*arguments, **keywords)
-
     example = _example(inputs, samples)
     try:
-        answer = call([example[spec.name] for spec in inputs])
+        answer = program_call(program)([example[spec.name] for spec in inputs])
     except Exception as error:  # whatever its operators raise on inputs that they do not take
         raise ModelError(
             f"{loaded.source} cannot run on {_shapes(example)}: {type(error).__name__}: {_beginning(error)}"
         ) from error
-    outputs = _output_names(loaded, answer)
-
-    return _Traced(program, inputs, outputs)
+    return _Traced(program, inputs, _output_names(loaded, answer))
 
 
 def _in_forward_order(module: nn.Module, given: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from edgedeploy.records.model import Fidelity, OutputFidelity
 
 Tensors = Mapping[str, NDArray[Any]]
 Run = Callable[[Tensors], Tensors]
+
+# Answers of a reference that are kept for the next comparison, in bytes; beyond, they are computed again.
+_MOST_ANSWERS = 64 * 2**20
 
 
 def compare(
@@ -55,6 +59,36 @@ def compare(
         sample_source=sample_source,
         outputs=tuple(total.result() for total in sums.values()),
     )
+
+
+class Remembering:
+    """Answers of a reference, which every comparison of the same samples needs again.
+
+    Args:
+        run: inputs → outputs of the reference.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._answers: list[Tensors] = []
+        self._bytes = 0
+
+    def over(self) -> Run:
+        """Return what answers the same batches from the first on."""
+        places = count()
+
+        def answer(batch: Tensors) -> Tensors:
+            place = next(places)
+            if place < len(self._answers):
+                return self._answers[place]
+            made = self._run(batch)
+            self._bytes += sum(value.nbytes for value in made.values())
+            # Places would shift if one were left out, so that the first that does not fit is the last that is tried.
+            if place == len(self._answers) and self._bytes <= _MOST_ANSWERS:
+                self._answers.append(made)
+            return made
+
+        return answer
 
 
 @dataclass(slots=True)
@@ -127,12 +161,14 @@ class _Sums:
             max_abs=self.max_abs,
             max_relative=self.max_abs / max(self.max_reference, floor),
             cosine=cosine,
-            sqnr_db=self._sqnr_db(),
+            sqnr_db=sqnr_db(self.reference_squares, self.error_squares),
             argmax_agreement=self.equal_rows / self.rows if self.rows else None,
         )
 
-    def _sqnr_db(self) -> float | None:
-        if self.error_squares == 0:
-            return None
-        floor = float(np.finfo(np.float32).tiny)
-        return 10 * math.log10(max(self.reference_squares, floor) / self.error_squares)
+
+def sqnr_db(reference_squares: float, error_squares: float) -> float | None:
+    """Return the ratio of signal to quantization noise from both sums of squares; None without any error."""
+    if error_squares == 0:
+        return None
+    floor = float(np.finfo(np.float32).tiny)
+    return 10 * math.log10(max(reference_squares, floor) / error_squares)

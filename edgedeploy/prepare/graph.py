@@ -179,6 +179,25 @@ def _has_int8_activations(graph: GraphProto) -> bool:
     return any(types.get(name) == graph.initializer[0].INT8 for name in stored)
 
 
+def _on_exact_kernels(model: Path | bytes, options: Any) -> str | bytes:
+    """Let the optimiser choose 8-bit kernels whose numbers are right also on x86 without VNNI; return what to load.
+
+    The default ones saturate there. Right are fused ones of int8 activations, as on ARM, and precise ones of uint8
+    activations; both settings at once make an operator that has no kernel (seen in onnxruntime 1.31.1).
+    """
+    import onnx
+
+    loaded = onnx.load(str(model)) if isinstance(model, Path) else onnx.load_from_string(model)
+    exact = "qdqisint8allowed" if _has_int8_activations(loaded.graph) else "x64quantprecision"
+    options.add_session_config_entry(f"session.{exact}", "1")
+    # Weights that are dequantized for a MatMul stay what they are; the default rounds activations to 8 bits beside.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if any(node.op_type == "DequantizeLinear" for node in loaded.graph.node):
+        unshared: bytes = _unshared(loaded).SerializeToString()
+        return unshared
+    return str(model) if isinstance(model, Path) else model
+
+
 def _unshared(model: ModelProto) -> ModelProto:
     """Give each reader of dequantized constants its own, since precise kernels rewrite them and meet no name twice.
 
@@ -223,7 +242,6 @@ class Runner:
 
     def __init__(self, model: Path | bytes, *, is_optimized: bool = True) -> None:
         try:
-            import onnx
             import onnxruntime
         except ModuleNotFoundError as error:
             raise BackendMissing(
@@ -233,20 +251,11 @@ class Runner:
         options.log_severity_level = 3
         # Idle threads that spin slow down everything else on the machine, and nothing is timed here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # 8-bit kernels whose numbers are right also on x86 without VNNI, where the default ones saturate: fused ones of
-        # int8 activations, as on ARM, or precise ones of uint8 activations. Both settings at once make an operator that
-        # has no kernel (seen in onnxruntime 1.31.1).
-        loaded = onnx.load(str(model)) if isinstance(model, Path) else onnx.load_from_string(model)
-        is_quantized = any(node.op_type == "DequantizeLinear" for node in loaded.graph.node)
-        exact = "qdqisint8allowed" if _has_int8_activations(loaded.graph) else "x64quantprecision"
-        options.add_session_config_entry(f"session.{exact}", "1")
-        # Weights that are dequantized for a MatMul stay what they are; the default rounds activations to 8 bits beside.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if is_optimized else level.ORT_DISABLE_ALL
         source = str(model) if isinstance(model, Path) else model
-        if is_quantized and is_optimized:
-            source = _unshared(loaded).SerializeToString()
+        if is_optimized:
+            source = _on_exact_kernels(model, options)
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has one exception class for each status code, and none in common

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgedeploy.errors import FidelityError, ModelError
 from edgedeploy.prepare.dataset import Samples
+from edgedeploy.prepare.fidelity import sqnr_db
 from edgedeploy.prepare.graph import Runner
 from edgedeploy.records.model import TensorSpec
 from edgedeploy.records.verification import LayerComparison, LayerError
@@ -146,20 +146,13 @@ def _layers(reference: ModelProto, operators: Mapping[str, str], sums: Mapping[s
                         tensor=name,
                         operator=operators[name],
                         max_abs=sums[name].max_abs,
-                        sqnr_db=_sqnr_db(sums[name]),
+                        sqnr_db=sqnr_db(sums[name].reference_squares, sums[name].error_squares),
                         drop_db=inherited - _bounded(sums[name]),
                     )
                 )
     return tuple(layers)
 
 
-def _sqnr_db(total: _Sums) -> float | None:
-    if total.error_squares == 0:
-        return None
-    floor = float(np.finfo(np.float32).tiny)
-    return 10 * math.log10(max(total.reference_squares, floor) / total.error_squares)
-
-
 def _bounded(total: _Sums) -> float:
-    ratio = _sqnr_db(total)
+    ratio = sqnr_db(total.reference_squares, total.error_squares)
     return CEILING_DB if ratio is None else min(ratio, CEILING_DB)

@@ -18,6 +18,7 @@ from edgedeploy.prepare.lower import (
     shared_weights,
     sparse_tensors,
 )
+from tests.kinds import seeded
 
 # On either side of the exporter's folding limits: 8,192 elements of an input, 512 * 512 of an output.
 SMALL, LARGE = 16, 600
@@ -90,16 +91,6 @@ class ConvNet(nn.Module):
         inner = functional.relu(self.norm(self.conv(image)))
         inner = functional.relu(self.norm_2(self.conv_2(inner))).mean((2, 3))
         return self.head(functional.relu(self.hidden(inner)))
-
-
-def seeded(make, *arguments, **options):
-    torch.manual_seed(0)
-    module = make(*arguments, **options)
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.uniform_(-0.5, 0.5)
-            part.running_var.uniform_(0.5, 2)
-    return module.eval()
 
 
 def images(count=5):

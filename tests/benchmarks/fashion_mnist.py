@@ -12,10 +12,8 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +21,7 @@ from edgedeploy import pipeline
 from edgedeploy.demo import data
 from edgedeploy.demo.model import DENSE_WIDTHS, PRUNED_WIDTHS, ConvNorm, ResidualNet
 from edgedeploy.demo.train import Samples, count_correct, distillation_loss, label_loss, read_samples, train
+from tests.benchmarks.timing import medians_s, session
 
 DEMO = Path(data.__file__).parent
 CALIBRATION = DEMO.parent.parent / "calibration" / "fashion-mnist"
@@ -91,29 +90,10 @@ def saved(module, folder, name):
     return path
 
 
-def session(path):
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-
-
 def correct(loaded, test):
     name = loaded.get_inputs()[0].name
     batches = zip(torch.split(test.image, 500), torch.split(test.label, 500), strict=True)
     return sum(int((loaded.run(None, {name: x.numpy()})[0].argmax(1) == y.numpy()).sum()) for x, y in batches)
-
-
-def p50_s(calls):
-    """Return median seconds of each call, alternating one by one."""
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(values[ROUNDS // 10 :])) for name, values in times.items()}
 
 
 def main():
@@ -163,7 +143,7 @@ def main():
             for name, loaded in sessions.items():
                 feed = {loaded.get_inputs()[0].name: image.numpy()}
                 calls[name] = lambda loaded=loaded, feed=feed: loaded.run(None, feed)
-            medians = p50_s(calls)
+            medians = medians_s(calls, rounds=ROUNDS, warm_up=ROUNDS // 10)
         base = report["dense fp32"]
         for name, row in report.items():
             row["size_ratio"] = row["size_bytes"] / base["size_bytes"]

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from edgedeploy import pipeline
 from tests.benchmarks import networks
 from tests.benchmarks.efficientnet_lite0 import network as efficientnet_lite0
+from tests.benchmarks.timing import medians_s, session
 
 ROUNDS = 60
 WARM_UP = 8
@@ -36,24 +36,6 @@ def resnet50_half():
 
 MODELS = {"ResNet-50": resnet50, "ResNet-50, 50 % channels": resnet50_half, "EfficientNet-Lite0": efficientnet_lite0}
 REFERENCES = {"ResNet-50, 50 % channels": "ResNet-50"}
-
-
-def session(path):
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-
-
-def medians_s(calls):
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS + WARM_UP):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(values[WARM_UP:])) for name, values in times.items()}
 
 
 def main():
@@ -84,7 +66,8 @@ def main():
                 sizes[f"{name}, {precision}"] = built.artifact.size_bytes
             module = MODELS[name]().eval()
             eager[name] = lambda module=module: module(tensor)
-        p50_s = medians_s(calls | {f"{name}, eager": call for name, call in eager.items()})
+        every = calls | {f"{name}, eager": call for name, call in eager.items()}
+        p50_s = medians_s(every, rounds=ROUNDS + WARM_UP, warm_up=WARM_UP)
     report = {
         name: {
             "p50_s": p50_s[name],

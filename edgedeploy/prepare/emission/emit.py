@@ -39,7 +39,7 @@ from edgedeploy.prepare.emission.weights import (
     write_short_float,
 )
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
-from edgedeploy.prepare.fidelity import compare
+from edgedeploy.prepare.fidelity import Remembering, compare
 from edgedeploy.prepare.graph import Runner, drop_unused_constants, read_graph, view, write_graph
 from edgedeploy.prepare.grid import ActivationGrid
 from edgedeploy.records.model import Fidelity, Model
@@ -107,9 +107,11 @@ def emit(
     guarded = keep_float(graph)
     # A back end that wants float biases is not ONNX Runtime, which alone needs the guard and checks the form here.
     write_graph(guarded if rules.bias == "int32" else graph, out)
-    written = _compare(model, exact_here(graph) or out, samples, "int8 as written", is_optimized=False)
-    checked = out if rules.bias == "int32" else guarded.SerializeToString()
-    run = _compare(model, checked, samples, "int8 on integer kernels", is_optimized=True)
+    fp32 = Remembering(Runner(Path(model.path)))
+    as_written = Runner(exact_here(graph) or out, is_optimized=False)
+    written = _compare(model, fp32, as_written, samples, "int8 as written")
+    optimized = Runner(out if rules.bias == "int32" else guarded.SerializeToString())
+    run = _compare(model, fp32, optimized, samples, "int8 on integer kernels")
     _demand_kept_meaning(model, written, run)
     return Emitted(_written(model, out, written, run), notes)
 
@@ -154,7 +156,8 @@ def shorten(model: Model, storage: Literal["float16", "bfloat16"], out: Path, sa
         *_rewrite(graph, table, rules, allow_change=False),
     )
     write_graph(graph, out)
-    written = _compare(model, out, samples, f"{storage} weights", is_optimized=True)
+    fp32 = Remembering(Runner(Path(model.path)))
+    written = _compare(model, fp32, Runner(out), samples, f"{storage} weights")
     return Emitted(_written(model, out, written), notes)
 
 
@@ -327,10 +330,10 @@ class _NodeWriter:
         return [node]
 
 
-def _compare(model: Model, form: Path | bytes, samples: Samples, name: str, *, is_optimized: bool) -> Fidelity:
+def _compare(model: Model, fp32: Remembering, form: Runner, samples: Samples, name: str) -> Fidelity:
     return compare(
-        Runner(Path(model.path)),
-        Runner(form, is_optimized=is_optimized),
+        fp32.over(),
+        form,
         samples.batches(model.inputs, FIDELITY_SAMPLES),
         names=("fp32 ONNX", name),
         sample_source=samples.name,

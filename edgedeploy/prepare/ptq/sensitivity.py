@@ -9,7 +9,6 @@ after the first few, and in float alone be larger than the rest of the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from edgedeploy.errors import ModelError
 from edgedeploy.prepare.dataset import Samples
-from edgedeploy.prepare.fidelity import Tensors, compare
+from edgedeploy.prepare.fidelity import Remembering, compare
 from edgedeploy.prepare.graph import Runner, View, read_graph, view
 from edgedeploy.prepare.ptq.quantized_set import QuantizedSet, bias_of, quantized_set
 from edgedeploy.prepare.ptq.simulate import simulate
@@ -39,8 +38,6 @@ _SAMPLES_TO_DECIDE = 64
 # A layer in float costs time however small its weights are: as much as this part of the model's bytes. Without it,
 # dozens of depthwise layers that take a few hundred bytes each would come before one that matters.
 _BYTES_OF_ANY_LAYER = 0.01
-# Answers of the float model that are kept for the next comparison, in bytes; beyond, they are computed again.
-_MOST_ANSWERS = 64 * 2**20
 # Stands for an exact answer, which has no finite ratio; float32 itself ends near 140 dB.
 _EXACT_DB = 140.0
 
@@ -100,7 +97,7 @@ def curve(
     seen = view(graph.graph)
     layers = sensitivities(model, table, samples, rules, progress=progress)
     deciding = thinned(samples, _SAMPLES_TO_DECIDE)
-    reference = _Remembering(Runner(Path(model.path)))
+    reference = Remembering(Runner(Path(model.path)))
 
     def measured(floats: Collection[str]) -> PlanPoint:
         kept = without(table, seen, floats)
@@ -144,7 +141,7 @@ def sensitivities(
     graph = read_graph(Path(model.path))
     seen = view(graph.graph)
     some = thinned(samples, _SAMPLES_TO_RANK)
-    reference = _Remembering(Runner(Path(model.path)))
+    reference = Remembering(Runner(Path(model.path)))
     quantized_bytes = stored_bytes(seen, table)
     found = []
     nodes = [node for node in graph.graph.node if node.name in table.nodes and _has_weights(node.input, table)]
@@ -236,33 +233,7 @@ def _simulated(graph: ModelProto, table: QuantizationTable, rules: QuantizationR
     )
 
 
-class _Remembering:
-    """Answers of the float model, which every comparison of the same samples needs again."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._answers: list[Tensors] = []
-        self._bytes = 0
-
-    def over(self) -> Callable[[Tensors], Tensors]:
-        """Return what answers the same batches from the first on."""
-        places = count()
-
-        def answer(batch: Tensors) -> Tensors:
-            place = next(places)
-            if place < len(self._answers):
-                return self._answers[place]
-            made = self._runner(batch)
-            self._bytes += sum(value.nbytes for value in made.values())
-            # Places would shift if one were left out, so that the first that does not fit is the last that is tried.
-            if place == len(self._answers) and self._bytes <= _MOST_ANSWERS:
-                self._answers.append(made)
-            return made
-
-        return answer
-
-
-def _sqnr_db(model: Model, reference: _Remembering, simulated: ModelProto, samples: Samples) -> float:
+def _sqnr_db(model: Model, reference: Remembering, simulated: ModelProto, samples: Samples) -> float:
     """Return the ratio of the worst output."""
     fidelity = compare(
         reference.over(),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgedeploy.errors import FidelityError
 from edgedeploy.prepare.graph import view
+from edgedeploy.prepare.grid import spread
 from edgedeploy.records.quantization import SourceQuantization, WeightQuantization
 
 if TYPE_CHECKING:
@@ -190,20 +191,13 @@ def _write_exactly(
     if grid.scales == before.scales:
         return
     # One scale: all axes are "others" of a scale that broadcasts.
-    old = _spread(before, value)
+    old = spread(value, before)
     codes = np.rint(value / old)
     signs = np.sign(np.where(value != 0, after[place] / np.where(value != 0, value, 1), 1))
-    exact = (codes * signs).astype(np.float32) * _spread(grid, value)
+    exact = (codes * signs).astype(np.float32) * spread(value, grid)
     for item in model.graph.initializer:
         if item.name == place:
             item.CopyFrom(numpy_helper.from_array(exact.astype(np.float32), place))
-
-
-def _spread(grid: WeightQuantization, value: Array) -> Array:
-    scales = np.asarray(grid.scales, np.float32)
-    if grid.axis is None:
-        return scales.reshape(())
-    return scales.reshape([-1 if index == grid.axis else 1 for index in range(value.ndim)])
 
 
 def _same_biases(names: Iterable[str], before: Mapping[str, Array], after: Mapping[str, Array]) -> tuple[str, ...]:

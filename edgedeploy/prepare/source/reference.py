@@ -20,6 +20,7 @@ from edgedeploy.records.model import Model, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
 Tensors = Mapping[str, NDArray[Any]]
 Run = Callable[[Tensors], Tensors]
@@ -37,7 +38,7 @@ def source_run(loaded: Loaded, model: Model) -> Run:
     """
     if loaded.kind == "onnx":
         return _onnx_run(loaded, model)
-    call = _module_call(loaded.program, model.inputs) if loaded.kind == "module" else _program_call(loaded, model)
+    call = module_call(loaded.program, model.inputs) if loaded.kind == "module" else program_call(loaded.program)
     names = [spec.name for spec in model.outputs]
 
     def run(batch: Tensors) -> Tensors:
@@ -84,7 +85,11 @@ def _onnx_run(loaded: Loaded, model: Model) -> Run:
     return Runner(written, is_optimized=model.quantization is None)
 
 
-def _module_call(module: nn.Module, inputs: Sequence[TensorSpec]) -> Callable[[Sequence[Tensor]], Any]:
+def module_call(module: nn.Module, inputs: Sequence[TensorSpec]) -> Callable[[Sequence[Tensor]], Any]:
+    """Return a function from tensors, in the order of `inputs`, to what a module answers; its observers are stopped.
+
+    Floating inputs are given in the short float that the module computes in, by name where forward has the names.
+    """
     stop_observers(module)
     parameters = inspect.signature(module.forward).parameters
     named = {name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
@@ -98,11 +103,12 @@ def _module_call(module: nn.Module, inputs: Sequence[TensorSpec]) -> Callable[[S
     return call
 
 
-def _program_call(loaded: Loaded, model: Model) -> Callable[[Sequence[Tensor]], Any]:
+def program_call(program: ExportedProgram) -> Callable[[Sequence[Tensor]], Any]:
+    """Return a function from tensors, in the order of the program's inputs, to what it answers."""
     from torch.utils import _pytree as pytree
 
-    module = loaded.program.module()
-    in_spec = loaded.program.call_spec.in_spec
+    module = program.module()
+    in_spec = program.call_spec.in_spec
 
     def call(tensors: Sequence[Tensor]) -> Any:
         arguments, keywords = pytree.tree_unflatten(list(tensors), in_spec)
