@@ -29,6 +29,9 @@ _DTYPES: dict[int, DType] = {
     1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
 }  # fmt: skip
 
+# https://onnx.ai/onnx/operators/onnx__ReduceMean.html: before, the axes are an attribute.
+FIRST_OPSET_WITH_REDUCED_AXES_AS_INPUT = 18
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -229,6 +232,19 @@ def _unshared(model: ModelProto) -> ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
+
+
+def reduce_axes(model: ModelProto, operator: str, tensor: str, axes: Sequence[int], result: str) -> None:
+    """Append ReduceMean or ReduceMax over axes that vanish, in the words of the model's opset."""
+    from onnx import helper, numpy_helper
+
+    if opset_of(model) < FIRST_OPSET_WITH_REDUCED_AXES_AS_INPUT:
+        node = helper.make_node(operator, [tensor], [result], axes=list(axes), keepdims=0)
+    else:
+        name = f"{result}/axes"
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(axes, np.int64), name))
+        node = helper.make_node(operator, [tensor, name], [result], keepdims=0)
+    model.graph.node.append(node)
 
 
 class Runner:

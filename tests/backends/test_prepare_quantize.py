@@ -22,9 +22,11 @@ from edgedeploy.prepare.fidelity import compare  # noqa: E402
 from edgedeploy.prepare.graph import Runner, read_graph, view  # noqa: E402
 from edgedeploy.prepare.load import Loaded, load  # noqa: E402
 from edgedeploy.prepare.ptq.calibrate import extremes, mean_errors  # noqa: E402
+from edgedeploy.prepare.ptq.equalize import equalize  # noqa: E402
 from edgedeploy.prepare.ptq.quantize import quantize  # noqa: E402
 from edgedeploy.prepare.simplify import simplify  # noqa: E402
 from edgedeploy.records.model import TensorSpec  # noqa: E402
+from edgedeploy.records.quantization import QuantizationPolicy  # noqa: E402
 from edgedeploy.records.target import QuantizationRules  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -61,7 +63,7 @@ def canonical(tmp_path_factory):
     return model_of
 
 
-def from_onnx(nodes, inputs, outputs, constants, out, count=12):
+def from_onnx(nodes, inputs, outputs, constants, out, count=12, opset=18):
     """Return a canonical model and samples for a graph written by hand."""
     graph = helper.make_graph(
         nodes,
@@ -70,7 +72,7 @@ def from_onnx(nodes, inputs, outputs, constants, out, count=12):
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    program = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    program = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     specs = [TensorSpec(name=name, dtype="float32", shape=tuple(shape)) for name, shape in inputs.items()]
     samples = random_samples(specs, count, 0)
     model = export(Loaded("onnx", "hand", program), None, samples, out / "e.onnx")
@@ -93,6 +95,27 @@ def test_int8_stays_close_to_fp32_on_samples_it_was_not_calibrated_on(tmp_path, 
             assert output.sqnr_db > 20, output
     assert (form.inputs, form.outputs) == (model.inputs, model.outputs)
     assert [record.candidate for record in form.fidelity[-2:]] == ["int8 as written", "int8 on integer kernels"]
+
+
+def test_opset_17_is_quantized_as_18_is(tmp_path):
+    """Which axes are reduced was an attribute until 17: what the calibration adds to a graph must speak its opset."""
+    weights = np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32)
+    tables = []
+    for opset in (17, 18):
+        folder = tmp_path / str(opset)
+        folder.mkdir()
+        nodes = [
+            helper.make_node("Conv", ["x", "w"], ["a"], name="first"),
+            helper.make_node("Relu", ["a"], ["b"], name="clamp"),
+            helper.make_node("Conv", ["b", "v"], ["y"], name="second"),
+        ]
+        constants = {"w": weights, "v": weights[:, :1].repeat(4, 1)}
+        sizes = {"x": [1, 3, 8, 8]}, {"y": [1, 4, 4, 4]}
+        model, samples = from_onnx(nodes, *sizes, constants, folder, opset=opset)
+        model = equalize(model, samples, folder / "equalized.onnx")
+        tables.append(quantize(model, samples, X86, QuantizationPolicy()))
+    assert tables[0].nodes == ("first", "second")
+    assert (tables[0].weights, tables[0].bias_deltas) == (tables[1].weights, tables[1].bias_deltas)
 
 
 def test_weights_and_biases_are_integers_in_the_file(tmp_path, canonical):

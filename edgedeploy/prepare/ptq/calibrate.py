@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgedeploy.errors import ModelError
 from edgedeploy.prepare.dataset import Samples
-from edgedeploy.prepare.graph import Runner, read_graph
+from edgedeploy.prepare.graph import Runner, read_graph, reduce_axes
 from edgedeploy.records.model import Model
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def mean_errors(
     graph = bare(model)
     for node in list(graph.graph.node):
         if node.name in errors:
-            _add_twin(graph.graph, node, errors[node.name])
+            _add_twin(graph, node, errors[node.name])
     runner = Runner(graph.SerializeToString())
     totals: dict[str, NDArray[np.float64]] = {}
     done = 0
@@ -130,24 +130,25 @@ def mean_errors(
 _MEAN_LOST = "/mean_lost"
 
 
-def _add_twin(graph: GraphProto, node: NodeProto, error: NDArray[Any]) -> None:
+def _add_twin(model: ModelProto, node: NodeProto, error: NDArray[Any]) -> None:
     """Add a copy of a node with other weights and no bias, and the mean of its output over all axes but channels."""
     from onnx import helper, numpy_helper
 
+    graph = model.graph
     lost = f"{node.name}/lost"
     if node.op_type == "Conv":  # (N, C, positions)
         shape, axes = [0, 0, -1], [0, 2]
     else:  # (everything else, C)
         transposed = any(item.name == "transB" and item.i for item in node.attribute)
         shape, axes = [-1, error.shape[0 if transposed else 1]], [0]
-    constants = {"weight": error.astype(np.float32), "shape": np.asarray(shape), "axes": np.asarray(axes)}
+    constants = {"weight": error.astype(np.float32), "shape": np.asarray(shape)}
     graph.initializer.extend(numpy_helper.from_array(value, f"{lost}/{key}") for key, value in constants.items())
     twin = helper.make_node(node.op_type, [node.input[0], f"{lost}/weight"], [lost], name=lost)
     twin.attribute.extend(node.attribute)
     graph.node.append(twin)
     graph.node.append(helper.make_node("Reshape", [lost, f"{lost}/shape"], [f"{lost}/flat"]))
     mean = node.name + _MEAN_LOST
-    graph.node.append(helper.make_node("ReduceMean", [f"{lost}/flat", f"{lost}/axes"], [mean], keepdims=0))
+    reduce_axes(model, "ReduceMean", f"{lost}/flat", axes, mean)
     graph.output.append(helper.make_tensor_value_info(mean, 1, None))
 
 

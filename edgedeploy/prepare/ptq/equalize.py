@@ -31,7 +31,7 @@ from edgedeploy.errors import FidelityError
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.export import FIDELITY_SAMPLES
 from edgedeploy.prepare.fidelity import compare
-from edgedeploy.prepare.graph import Runner, View, attributes, read_graph, view, write_graph
+from edgedeploy.prepare.graph import Runner, View, attributes, read_graph, reduce_axes, view, write_graph
 from edgedeploy.prepare.ptq.calibrate import bare, small_batches
 from edgedeploy.prepare.ptq.quantized_set import bias_of
 from edgedeploy.records.model import Model
@@ -184,16 +184,14 @@ def _peaks(model: Model, samples: Samples, tensors: list[str], progress: Progres
     from onnx import helper, numpy_helper
 
     graph = bare(model)
-    for name, value in (("peaks/shape", [0, 0, -1]), ("peaks/axes", [0, 2])):
-        graph.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    graph.graph.initializer.append(numpy_helper.from_array(np.asarray([0, 0, -1]), "peaks/shape"))
     for tensor in tensors:
         for operator, inputs, output in (
             ("Reshape", [tensor, "peaks/shape"], f"{tensor}/positions"),
             ("Abs", [f"{tensor}/positions"], f"{tensor}/sizes"),
         ):
             graph.graph.node.append(helper.make_node(operator, inputs, [output]))
-        peak = helper.make_node("ReduceMax", [f"{tensor}/sizes", "peaks/axes"], [f"{tensor}/peaks"], keepdims=0)
-        graph.graph.node.append(peak)
+        reduce_axes(graph, "ReduceMax", f"{tensor}/sizes", [0, 2], f"{tensor}/peaks")
         graph.graph.output.append(helper.make_tensor_value_info(f"{tensor}/peaks", 1, None))
     runner = Runner(graph.SerializeToString())
     peaks = {tensor: np.zeros((2, 1)) for tensor in tensors}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedeploy.prepare.graph import View, attributes, opset_of, view
+from edgedeploy.prepare.graph import FIRST_OPSET_WITH_REDUCED_AXES_AS_INPUT, View, attributes, opset_of, view
 from edgedeploy.prepare.markers import DOMAIN
 from edgedeploy.prepare.source.clean_graph import refusal
 
@@ -38,7 +38,6 @@ _BINARY = {"QLinearAdd": "Add", "QLinearMul": "Mul"}
 # Attributes that only the quantized operator has, with the value that the float operator implies.
 _IMPLIED = {"channels_last": 0}
 _FIRST_OPSET_WITH_SOFTMAX_OVER_ONE_AXIS = 13
-_FIRST_OPSET_WITH_REDUCED_AXES_AS_INPUT = 18
 
 
 def to_qdq(model: ModelProto) -> ModelProto:
@@ -204,7 +203,7 @@ def _unary(work: _Rewriting, node: NodeProto) -> None:
         if is_old and settings.get("axis", 1) != -1:
             raise refusal(node, "before opset 13 it runs over several axes at once; export the model again")
     axes = attributes(node).get("axes")
-    if axes is not None and opset_of(work.model) < _FIRST_OPSET_WITH_REDUCED_AXES_AS_INPUT:
+    if axes is not None and opset_of(work.model) < FIRST_OPSET_WITH_REDUCED_AXES_AS_INPUT:
         settings["axes"] = axes
     elif axes is not None:
         inputs.append(work.constant(f"{node.output[0]}/axes", np.asarray(axes, np.int64)))
