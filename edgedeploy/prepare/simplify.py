@@ -50,7 +50,7 @@ def simplify(model: Model, samples: Samples, out: Path) -> Model:
     quantization = model.quantization
     if quantization:
         graph = protect(graph, quantization)
-    for step in (_slim, _name_means_as_pools, _give_biases):
+    for step in (_slim, _name_means_as_pools, _count_no_padding, _give_biases):
         graph = _checked(step, graph, model, samples)
     if quantization:
         graph, quantization = release(graph, quantization, read_graph(Path(model.path)))
@@ -130,6 +130,22 @@ def _name_means_as_pools(graph: ModelProto) -> ModelProto:
         if axes is not None and rank == 4 and sorted(int(axis) % rank for axis in axes) == [2, 3]:
             node.op_type = "GlobalAveragePool"
             del node.input[1:], node.attribute[:]
+    return graph
+
+
+def _count_no_padding(graph: ModelProto) -> ModelProto:
+    """Drop count_include_pad, which torch sets, where there is no padding to count.
+
+    What then hangs over the border by ceil_mode is not counted either, but onnxruntime 1.31.1 counts it on integers.
+    """
+    for node in graph.graph.node:
+        settings = attributes(node)
+        is_padded = any(settings.get("pads", ())) or settings.get("auto_pad", b"NOTSET") != b"NOTSET"
+        if node.op_type != "AveragePool" or is_padded:
+            continue
+        kept = [item for item in node.attribute if item.name != "count_include_pad"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
     return graph
 
 
