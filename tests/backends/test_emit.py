@@ -464,16 +464,19 @@ def test_short_floats_take_half_the_file(tmp_path, integer_mlp, storage):
     assert emitted.model.compression.initializer_bytes < 0.6 * weights
     assert sqnr(emitted.model.fidelity[-1]) > {"float16": 60, "bfloat16": 40}[storage]
     assert set(BACKEND.inspect(Path(emitted.model.path)).expanded) == {"first.weight", "second.weight"}
-    assert "computes in float32" in emitted.notes[0]
+    assert "computed with in float32" in emitted.notes[0]
 
 
-def test_weight_beyond_float16_is_named(tmp_path):
-    layer = nn.Linear(4, 3)
+def test_weight_beyond_float16_stays_float32_and_is_named(tmp_path):
+    """Masks of attention are such constants."""
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     with torch.no_grad():
-        layer.weight[0, 0] = 1e6
-    model, samples = canonical(layer, [TensorSpec(name="v", dtype="float32", shape=("batch", 4))], tmp_path)
-    with pytest.raises(ModelError, match=r"'weight' reach 1e\+06, which float16 cannot hold"):
-        shorten(model, "float16", tmp_path / "h.onnx", samples)
+        layers[0].weight[0, 0] = 1e6
+    model, samples = canonical(layers, [TensorSpec(name="v", dtype="float32", shape=("batch", 4))], tmp_path)
+    emitted = shorten(model, "float16", tmp_path / "h.onnx", samples)
+    assert [note for note in emitted.notes if "0.weight: kept in float32, values beyond 6.55e+04" in note]
+    constants = view(read_graph(Path(emitted.model.path)).graph).constants
+    assert {value.dtype.name for value in constants.values() if value.ndim > 1} == {"float32", "float16"}
 
 
 def test_8_bit_floats_need_a_newer_opset(tmp_path, integer_mlp):

@@ -183,7 +183,7 @@ def test_moments_are_those_of_what_a_channel_reads(model, samples, operator):
 
 def test_chosen_roundings_are_neighbours_and_lose_less_of_every_layer(model, samples, tables):
     seen = view(read_graph(Path(model.path)).graph)
-    chosen = quantized_set(seen)
+    chosen = quantized_set(seen, rounds_products=False)
     moments = input_moments(model, samples, chosen.weighted, seen)
     for node in chosen.weighted:
         name = node.input[1]

@@ -42,7 +42,7 @@ def measure(kind, model_path, count):
     stored = images(count)
     preparation = InputPreparation(dtype="float32", layout="NCHW", scale=1.0, mean=(127.0,), std=(128.0,))
     samples = Samples("noise", "", count, None, {"image": stored}, {"image": preparation})
-    chosen = quantized_set(view(read_graph(Path(model.path)).graph))
+    chosen = quantized_set(view(read_graph(Path(model.path)).graph), rounds_products=False)
     import onnxruntime  # noqa: F401  # loading the library is not calibrating
 
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -68,7 +68,8 @@ def quantize(
         if progress:
             progress(f"note: {note}")
     seen = view(read_graph(Path(model.path)).graph)
-    chosen = quantized_set(seen, _left_float(seen, rules, policy))
+    rounds_products = rules.product_outputs == "integer"
+    chosen = quantized_set(seen, _left_float(seen, rules, policy), rounds_products=rounds_products)
     if not chosen.weighted:
         raise ModelError(
             f"{model.source} has no convolution or matrix product with constant float32 weights, so nothing can be "
@@ -134,7 +135,7 @@ def _ranges(
     progress: Progress | None,
 ) -> dict[str, ActivationRange]:
     # Of every tensor that any policy and rules could quantize, so that one calibration serves all of them.
-    whole = quantized_set(chosen.seen)
+    whole = quantized_set(chosen.seen, rounds_products=True)
     origins = list(dict.fromkeys(item.origin(tensor) for item in (whole, chosen) for tensor in item.tensors))
     found = statistics(model, samples, origins, cache=cache, progress=progress)
     return {tensor: activation_range(found[chosen.origin(tensor)], rules, policy) for tensor in chosen.tensors}

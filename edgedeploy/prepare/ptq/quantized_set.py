@@ -29,9 +29,11 @@ class QuantizedSet:
         weighted: those of them that have weights.
         tensors: activations that are stored as integers, in graph order.
         moved: tensor → the tensor that it is a rearrangement of.
+        rounds_products: whether a product that nothing quantized reads is stored as integers too.
     """
 
     seen: View
+    rounds_products: bool = False
     nodes: list[str] = field(default_factory=list)
     weighted: list[NodeProto] = field(default_factory=list)
     tensors: dict[str, None] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class QuantizedSet:
         return tensor
 
 
-def quantized_set(seen: View, left_float: Collection[str] = ()) -> QuantizedSet:
+def quantized_set(seen: View, left_float: Collection[str] = (), *, rounds_products: bool) -> QuantizedSet:
     """Return what is quantized when some nodes stay float.
 
     A convolution whose output only such nodes read stays float with them: storing that output as integers would lose
@@ -52,13 +54,14 @@ def quantized_set(seen: View, left_float: Collection[str] = ()) -> QuantizedSet:
 
     Args:
         left_float: names of nodes that stay float.
+        rounds_products: whether a Gemm or MatMul that nothing quantized reads is stored as integers too.
 
     Raises:
         ModelError: weights hold NaN or infinity.
     """
     floats = set(left_float)
     while True:
-        chosen = _without(seen, floats)
+        chosen = _without(QuantizedSet(seen, rounds_products), floats)
         stranded = {node.name for node in chosen.weighted if _is_stranded(node, chosen, floats)}
         if not stranded:
             return chosen
@@ -78,8 +81,9 @@ def bias_of(node: NodeProto, seen: View) -> str:
     return name if name in seen.constants and len(seen.consumers[name]) == 1 else ""
 
 
-def _without(seen: View, floats: set[str]) -> QuantizedSet:
-    chosen = QuantizedSet(seen)
+def _without(chosen: QuantizedSet, floats: set[str]) -> QuantizedSet:
+    """Fill a set that is empty with everything but what stays float."""
+    seen = chosen.seen
     axes: dict[str, int] = {}
     for node in seen.graph.node:
         if node.name in floats:
@@ -88,8 +92,8 @@ def _without(seen: View, floats: set[str]) -> QuantizedSet:
             chosen.nodes.append(node.name)
             chosen.weighted.append(node)
             chosen.tensors[node.input[0]] = None
-            # A product that nothing quantized reads stays float: the integer kernels of Gemm and MatMul can answer so.
-            if node.op_type == "Conv":
+            # A product that nothing quantized reads may stay float: some integer kernels of Gemm and MatMul answer so.
+            if node.op_type == "Conv" or chosen.rounds_products:
                 chosen.tensors[_after_activation(node, seen)] = None
         elif node.op_type in _FOLLOWERS and _reads_integers(node, chosen):
             chosen.nodes.append(node.name)

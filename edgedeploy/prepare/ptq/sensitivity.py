@@ -19,7 +19,7 @@ from edgedeploy.errors import ModelError
 from edgedeploy.prepare.dataset import Samples
 from edgedeploy.prepare.fidelity import Remembering, compare
 from edgedeploy.prepare.graph import Runner, View, read_graph, view
-from edgedeploy.prepare.ptq.quantized_set import QuantizedSet, bias_of, quantized_set
+from edgedeploy.prepare.ptq.quantized_set import bias_of, quantized_set
 from edgedeploy.prepare.ptq.simulate import simulate
 from edgedeploy.prepare.ptq.statistics import thinned
 from edgedeploy.records.model import Model
@@ -171,8 +171,9 @@ def without(table: QuantizationTable, seen: View, floats: Collection[str]) -> Qu
         seen: the graph that it quantizes.
         floats: names of nodes.
     """
-    was_float = set(quantized_set(seen).nodes) - set(table.nodes)
-    chosen = quantized_set(seen, was_float | set(floats))
+    # The widest set: what the table's rules leave out of it is not in the table either.
+    was_float = set(quantized_set(seen, rounds_products=True).nodes) - set(table.nodes)
+    chosen = quantized_set(seen, was_float | set(floats), rounds_products=True)
     weights = {node.input[1] for node in chosen.weighted}
     biases = {bias_of(node, seen) for node in chosen.weighted}
     return msgspec.structs.replace(
@@ -218,7 +219,7 @@ def _has_weights(inputs: Collection[str], table: QuantizationTable) -> bool:
 
 
 def _floats(seen: View, table: QuantizationTable) -> tuple[str, ...]:
-    everything: QuantizedSet = quantized_set(seen)
+    everything = quantized_set(seen, rounds_products=True)
     return tuple(node.name for node in everything.weighted if node.name not in table.nodes)
 
 
