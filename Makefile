@@ -25,7 +25,7 @@ $(VENV)/.torch: $(VENV)/pyvenv.cfg constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[torch,onnxruntime]'
+	$(PIP) -e '.[torch,onnxruntime,tflite,mnn]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

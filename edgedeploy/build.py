@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 import edgedeploy
+from edgedeploy import golden
 from edgedeploy.backends import Backend, backend, parse_options
 from edgedeploy.documents import encode_json, read_json, to_builtins, write_json
 from edgedeploy.errors import BackendMissing, DocumentError, UsageError
@@ -27,7 +28,7 @@ from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import Declared
 from edgedeploy.records.survival import SurvivalReport
-from edgedeploy.records.target import BackendRules, Precision, QuantizationRules, Target, load_target
+from edgedeploy.records.target import BackendRules, Precision, QuantizationRules, Target, is_target, load_target
 from edgedeploy.results import utc_now
 from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file
 
@@ -108,6 +109,8 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         return Built(stored, folder, is_cached=True)
     if reason := runtime.missing():
         raise BackendMissing(reason)
+    if runtime.tools is not None:
+        runtime.tools.python(progress)
     with _staging(folder) as work:
         model = canonical_model(request, progress)
         _demand_declared(request, model)
@@ -119,6 +122,9 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         runtime.compile(formed.model, target, options, file)
         layers = runtime.inspect(file)
         survival = _survival(request, model, formed, layers)
+        kept = None
+        if runtime.computes:
+            kept = golden.write_golden(formed.model, request.precision, _samples(request, model.inputs), work)
         artifact = Artifact(
             name=f"{request.name}-{target.name}-{runtime.name}-{request.precision}",
             file=file.name,
@@ -132,9 +138,13 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             compression=_compression(model, formed, survival, layers),
             layers=layers,
             survival=survival,
-            notes=tuple(dict.fromkeys((*(item.note for item in model.kinds if item.note), *formed.notes))),
+            golden=kept,
+            notes=tuple(
+                dict.fromkeys((*(item.note for item in model.kinds if item.note), *formed.notes, *layers.notes))
+            ),
             created_utc=utc_now(),
         )
+        artifact = _proven(runtime, target, artifact, work, progress)
         write_json(work / MANIFEST, artifact)
     return Built(artifact, folder, is_cached=False)
 
@@ -143,27 +153,50 @@ def load_artifact(folder: Path) -> Built:
     """Read a folder that `compile` wrote.
 
     Raises:
-        DocumentError: no manifest, or the binary is not the one that the manifest describes.
+        DocumentError: no manifest, or the files beside it are not those that it describes.
     """
     manifest = folder / MANIFEST if folder.is_dir() else folder
     artifact = read_json(manifest, Artifact, FORMAT)
-    file = manifest.parent / artifact.file
-    if not file.is_file():
-        raise DocumentError(f"{manifest} describes {artifact.file}, which is not beside it; compile again")
-    if sha256_file(file) != artifact.sha256:
-        raise DocumentError(f"{file} is not the file that {manifest} describes (its sha256 differs); compile again")
+    described = {artifact.file: artifact.sha256}
+    if artifact.golden is not None:
+        described |= {golden.INPUTS: artifact.golden.inputs_sha256, golden.OUTPUTS: artifact.golden.outputs_sha256}
+    for name, digest in described.items():
+        file = manifest.parent / name
+        if not file.is_file():
+            raise DocumentError(f"{manifest} describes {name}, which is not beside it; compile again")
+        if sha256_file(file) != digest:
+            raise DocumentError(f"{file} is not the file that {manifest} describes (its sha256 differs); compile again")
     return Built(artifact, manifest.parent, is_cached=True)
 
 
 def deliver(built: Built, folder: Path) -> Built:
     """Copy an artifact and its manifest into a folder; the manifest goes last, so that it never describes a torso."""
-    for name in (built.artifact.file, QUANTIZATION, MANIFEST):
+    for name in (built.artifact.file, QUANTIZATION, golden.INPUTS, golden.OUTPUTS, MANIFEST):
         if (built.folder / name).is_file():
             with atomic_path(folder / name) as part:
                 shutil.copyfile(built.folder / name, part)
         else:  # a table that an int8 artifact left there before says nothing about this one
             (folder / name).unlink(missing_ok=True)
     return Built(built.artifact, folder, built.is_cached)
+
+
+def _proven(runtime: Backend, target: Target, artifact: Artifact, folder: Path, progress: Progress) -> Artifact:
+    """Return the artifact with what it answered to its golden inputs here, or a note that says why it was not asked."""
+    if artifact.golden is None:
+        return artifact
+    later = "they are compared on the device before a number counts"
+    is_this_machine = is_target(target, machine=platform.machine(), isa=_this_isa())
+    if runtime.builds_on == "device":
+        return artifact
+    if artifact.recipe.precision == "int8" and not (is_this_machine or runtime.int8_is_portable):
+        note = f"its golden answers were not compared here, where int8 kernels are not those of {target.name}; {later}"
+        return msgspec.structs.replace(artifact, notes=(*artifact.notes, note))
+    progress(f"{artifact.recipe.model}: comparing its answers with the model's")
+    answered = golden.replay_here(runtime, artifact, folder)
+    if answered is None:
+        note = f"its golden answers were not compared here, where the runtime of {runtime.name} is missing; {later}"
+        return msgspec.structs.replace(artifact, notes=(*artifact.notes, note))
+    return msgspec.structs.replace(artifact, fidelity=(*artifact.fidelity, answered))
 
 
 def this_target(name: str) -> Target:
@@ -220,7 +253,11 @@ def _recipe(request: BuildRequest, runtime: Backend, target: Target, options: Ma
         options=dict(sorted(options.items())),
         quantization=request.policy if request.precision == "int8" else None,
         allow_loss=request.allow_loss,
-        toolchain={"edgedeploy": edgedeploy.__version__, **{name: _version(name) for name in sorted({*packages})}},
+        toolchain={
+            "edgedeploy": edgedeploy.__version__,
+            **{name: _version(name) for name in sorted({*packages})},
+            **({} if runtime.tools is None else runtime.tools.versions()),
+        },
     )
 
 

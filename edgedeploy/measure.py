@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import edgedeploy
-from edgedeploy.backends import session_file
+from edgedeploy import golden
+from edgedeploy.backends import session_file, session_options
 from edgedeploy.build import Built, Progress
 from edgedeploy.errors import DeviceError, ModelError, UsageError, VisitFailed
 from edgedeploy.judge.scores import score
@@ -23,6 +24,7 @@ from edgedeploy.lab.visits import DUET, Measured, Schedule, Side
 from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.device import Device
+from edgedeploy.records.model import Fidelity
 from edgedeploy.records.run import ArtifactReference, Boundary, MemoryVisit, Outputs, Run, Visit
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.results import utc_now
@@ -83,6 +85,7 @@ class _SideState:
     samples: Samples
     runtime: str = ""
     boundary: Boundary | None = None
+    golden: Fidelity | None = None
     visits: list[Visit] = field(default_factory=list)
     memory: list[MemoryVisit] = field(default_factory=list)
     outputs: Outputs | None = None
@@ -144,17 +147,30 @@ class _Session:
                 cell=cell,
                 artifact_sha256=artifact.sha256,
                 session_sha256=sha256_file(session),
-                options=artifact.recipe.options,
+                options=session_options(artifact),
                 inputs_sha256=sha256_file(inputs),
                 batch=_batch(artifact),
             )
             self._states.append(_SideState(role, built, side, samples))
             files |= {side.session_sha256: session, side.artifact_sha256: built.file, side.inputs_sha256: inputs}
+            if artifact.golden is not None:
+                files[artifact.golden.inputs_sha256] = built.folder / golden.INPUTS
         self._progress(f"{self._request.device_name}: sending what is missing there")
         bundle.ship(self._agent, self._transport, files)
 
     def steps(self) -> Iterator[None]:
-        """Do one thing after another; each yield is a moment at which the session may be decided."""
+        """Do one thing after another; each yield is a moment at which the session may be decided.
+
+        Raises:
+            FidelityError: an artifact does not answer here what its model answers; nothing of it is worth measuring.
+        """
+        for state in self._states:
+            if (promised := state.built.artifact.golden) is not None:
+                self._progress(f"{state.side.cell}: comparing its answers with the model's")
+                where = f"{state.built.artifact.name} on {self._request.device_name}"
+                state.golden = golden.replay(
+                    self._agent, self._transport, state.side, promised, state.built.folder, where=where
+                )
         if self._request.evaluation is not None:
             for state in self._states:
                 self._progress(f"{state.side.cell}: computing the evaluation set's outputs")
@@ -230,6 +246,7 @@ class _Session:
                 facts=agent.facts,
                 runtime=state.runtime,
                 boundary=state.boundary,
+                golden=state.golden,
                 schedule=visits.schedule_text(self._schedule, len(self._states)),
                 started_utc=self._started_utc,
                 visits=tuple(state.visits),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 import edgedeploy
+from edgedeploy.backends import backend
 from edgedeploy.build import MANIFEST, BuildRequest, Built, Progress, canonical_model, load_artifact
 from edgedeploy.documents import closest
 from edgedeploy.errors import ModelError, UsageError
+from edgedeploy.golden import answers_here
 from edgedeploy.judge import metrics as judge
 from edgedeploy.judge.metrics import MetricChoice, Scored, metric_from_text
 from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
@@ -27,8 +30,8 @@ from edgedeploy.units import parse_quantity
 
 # Made-up samples where there is no evaluation set: they show a wrong axis or a lost branch, not accuracy.
 _RANDOM_SAMPLES = 16
-# The only runtime that this command runs artifacts of; the others are run on their devices by `bench`.
-_RUNS_HERE = "onnxruntime"
+# What the canonical form is made for, and what its artifacts share their tensors' names with.
+_HOST_RUNTIME = "onnxruntime"
 FP32, QUANTIZED, ARTIFACT = "fp32 ONNX", "quantized ONNX", "artifact"
 
 Tensors = Mapping[str, Any]
@@ -162,12 +165,14 @@ def verify(request: VerifyRequest, progress: Progress) -> Verification:
     built = load_artifact(Path(request.subject)) if _is_artifact(request.subject) else None
     model, forms, notes = _forms(request, built, progress)
     samples = _samples(request, model, notes)
+    if built is not None:
+        forms.append(_artifact_form(request, built, samples))
     chosen = _chosen_metrics(request, model, samples, notes)
     functions = {metric.name: _function(metric, request.base) for metric, _ in chosen if metric.is_function}
     if request.layers and not _comparable(forms):
         raise UsageError(
-            f"--layers compares tensors that two ONNX graphs share by name, and PyTorch's have no such names; "
-            f"{request.subject} carries no quantization, so give the artifact made from it"
+            f"--layers compares tensors that two ONNX graphs share by name, which those of PyTorch and of other "
+            f"runtimes are not; {request.subject} carries no quantization, so give an ONNX Runtime artifact of it"
         )
     answers = _answers(forms, samples, model, request.samples, progress)
     if answers.count < min(samples.count, request.samples or samples.count):
@@ -196,7 +201,7 @@ def _is_artifact(subject: str) -> bool:
 
 
 def _forms(request: VerifyRequest, built: Built | None, progress: Progress) -> tuple[Model, list[_Form], list[str]]:
-    """Return the canonical model, its forms, the source first, and what a reader should know about them."""
+    """Return the canonical model, its forms on the host, the source first, and what a reader should know about them."""
     notes: list[str] = []
     if built is None and ":" not in request.subject and not Path(request.subject).is_file():
         raise UsageError(
@@ -214,7 +219,7 @@ def _forms(request: VerifyRequest, built: Built | None, progress: Progress) -> t
             source=source,
             base=request.base,
             target="host",
-            backend=_RUNS_HERE,
+            backend=_HOST_RUNTIME,
             precision="fp32",
             weights=request.weights,
             inputs=request.inputs or _own_inputs(source, built),
@@ -225,7 +230,6 @@ def _forms(request: VerifyRequest, built: Built | None, progress: Progress) -> t
     forms = [_source_form(request, source, model, progress), *_canonical_forms(model)]
     if built is not None:
         _demand_same_interface(built, model)
-        forms.append(_artifact_form(built))
     return model, forms, notes
 
 
@@ -235,11 +239,11 @@ def _own_inputs(source: str, built: Built | None) -> tuple[TensorSpec, ...]:
 
 def _demand_runnable(request: VerifyRequest, built: Built) -> None:
     recipe = built.artifact.recipe
-    if recipe.backend != _RUNS_HERE:
+    runtime = backend(recipe.backend)
+    if runtime.builds_on == "device" or not runtime.computes:
         raise UsageError(
-            f"{request.subject} was compiled for {recipe.backend}, which verify does not run: only ONNX Runtime "
-            f"artifacts run here; measure its accuracy on a device: edgedeploy bench {request.subject} --device NAME "
-            f"--evaluation SET"
+            f"{request.subject} was compiled for {recipe.backend}, which verify does not run; measure its accuracy on "
+            f"a device: edgedeploy bench {request.subject} --device NAME --evaluation SET"
         )
     if not request.model:
         raise UsageError(
@@ -313,16 +317,39 @@ def _canonical_forms(model: Model) -> list[_Form]:
     ]
 
 
-def _artifact_form(built: Built) -> _Form:
+def _artifact_form(request: VerifyRequest, built: Built, samples: Samples) -> _Form:
     from edgedeploy.prepare.graph import Runner, read_graph
 
     recipe = built.artifact.recipe
-    return _Form(
-        ARTIFACT,
-        f"{built.artifact.name}, {recipe.precision}, on this machine's ONNX Runtime with exact 8-bit kernels",
-        Runner(built.file),
-        read_graph(built.file),
-    )
+    described = f"{built.artifact.name}, {recipe.precision}, on this machine's"
+    if recipe.backend == _HOST_RUNTIME:
+        detail = f"{described} ONNX Runtime with exact 8-bit kernels"
+        return _Form(ARTIFACT, detail, Runner(built.file), read_graph(built.file))
+    return _Form(ARTIFACT, f"{described} {recipe.backend}", _in_a_process(request, built, samples))
+
+
+def _in_a_process(request: VerifyRequest, built: Built, samples: Samples) -> Run:
+    """Return what answers the samples, batch after batch from the first on, from one run of the device half here."""
+    from safetensors.numpy import save_file
+
+    made: dict[str, Any] = {}
+    done = 0
+
+    def answer(batch: Tensors) -> Tensors:
+        nonlocal done
+        rows = len(next(iter(batch.values())))
+        if not made:
+            first = built.artifact.inputs[0].shape[0] if built.artifact.inputs[0].shape else 1
+            size = first if isinstance(first, int) else 1
+            count = min(samples.count, request.samples or samples.count) // size * size
+            with tempfile.TemporaryDirectory(prefix="edgedeploy-") as folder:
+                inputs = Path(folder) / "inputs.safetensors"
+                save_file(samples.batch(0, count), inputs)
+                made.update(answers_here(built.artifact, built.file, inputs, batch=size))
+        done += rows
+        return {name: values[done - rows : done] for name, values in made.items()}
+
+    return answer
 
 
 def _comparable(forms: Sequence[_Form]) -> bool:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from edgedeploy.documents import closest
+from edgedeploy.backends.toolenv import ToolEnvironment
+from edgedeploy.documents import closest, to_builtins
 from edgedeploy.errors import BackendMissing, UsageError
-from edgedeploy.records.artifact import LayerReport
+from edgedeploy.records.artifact import Artifact, LayerReport
 from edgedeploy.records.model import Model
 from edgedeploy.records.target import Precision, Target
 
@@ -34,6 +35,9 @@ class Backend(Protocol):
         builds_on: "host", or "device" where the compiled file is tied to the device.
         options: a frozen dataclass; its fields are the -O keys, their defaults and types.
         packages: distributions whose versions decide the artifact's bytes; they enter the recipe.
+        tools: the environment that its converter runs in, whose versions enter the recipe too; None: this one.
+        computes: whether its sessions compute the model, so that golden answers can be expected of them.
+        int8_is_portable: whether int8 made for another processor gives the same answers on this machine.
     """
 
     name: str
@@ -42,6 +46,9 @@ class Backend(Protocol):
     builds_on: Literal["host", "device"]
     options: type
     packages: tuple[str, ...]
+    tools: ToolEnvironment | None
+    computes: bool
+    int8_is_portable: bool
 
     def missing(self) -> str | None:
         """Say what to install to compile here, or None; must not import the toolchain."""
@@ -97,6 +104,18 @@ def session_file(name: str) -> Path:
     module = importlib.import_module(type(backend(name)).__module__)
     assert module.__file__ is not None
     return Path(module.__file__).parent / "session.py"
+
+
+def session_options(artifact: Artifact) -> dict[str, Any]:
+    """Return what the device half of an artifact is opened with: its options, and what its tensors are called and hold.
+
+    Some runtimes answer int32 where the model says int64 or bool; the session gives back what the model says.
+    """
+    ports: dict[str, dict[str, Any]] = {name: dict(to_builtins(port)) for name, port in artifact.layers.ports.items()}
+    for output in artifact.outputs:
+        if output.dtype != "float32":
+            ports.setdefault(output.name, {})["dtype"] = output.dtype
+    return {**artifact.recipe.options, **({"ports": ports} if ports else {})}
 
 
 def parse_options(kind: type, given: Mapping[str, str | int | float | bool]) -> Any:

@@ -20,7 +20,6 @@ import msgspec
 from edgedeploy.errors import DeviceError, TransferError
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.transport import Transport
-from edgedeploy.records.artifact import OptionValue
 from edgedeploy.records.run import Boundary, Burst, Conditions, MemoryVisit, Visit
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.storage import sha256_file
@@ -45,7 +44,7 @@ class Side:
     cell: str
     artifact_sha256: str
     session_sha256: str
-    options: Mapping[str, OptionValue]
+    options: Mapping[str, Any]
     inputs_sha256: str
     batch: int = 1
 

@@ -44,6 +44,20 @@ class Recipe(Record, frozen=True, kw_only=True):
     toolchain: dict[str, str]
 
 
+class Port(Record, frozen=True, kw_only=True):
+    """Where an artifact keeps one of its model's inputs or outputs.
+
+    Attributes:
+        tensor: its name in the artifact.
+        layout: the artifact's order of axes in letters ("NHWC"), "" where it is the model's own.
+        permutation: axis i of the artifact's tensor is axis permutation[i] of the model's; empty: the same axes.
+    """
+
+    tensor: str
+    layout: str = ""
+    permutation: tuple[int, ...] = ()
+
+
 class LayerReport(Record, frozen=True, kw_only=True):
     """What precision each layer of an artifact really got, as the runtime itself says.
 
@@ -53,6 +67,8 @@ class LayerReport(Record, frozen=True, kw_only=True):
         float_islands: what computes in float within a model that has integers.
         scales: tensor or weights → the scale, or scales, that the runtime has for it.
         expanded: weights that the file stores small and the runtime widens to float32, at load or in each inference.
+        ports: inputs and outputs that bear another name, or have their axes in another order, than the model's.
+        notes: sentences for a person who runs the artifact without edgedeploy.
     """
 
     operators: dict[str, int]
@@ -60,6 +76,26 @@ class LayerReport(Record, frozen=True, kw_only=True):
     float_islands: tuple[str, ...]
     scales: dict[str, tuple[float, ...]] = {}
     expanded: tuple[str, ...] = ()
+    ports: dict[str, Port] = {}
+    notes: tuple[str, ...] = ()
+
+
+class Golden(Record, frozen=True, kw_only=True):
+    """Inputs and the answers to them, beside an artifact; what it answers wherever it runs is compared with these.
+
+    Attributes:
+        inputs_sha256: of golden-inputs.safetensors, one tensor an input, first axis = sample.
+        outputs_sha256: of golden-outputs.safetensors, likewise.
+        batch: samples that are answered together.
+        max_relative: allowed largest error in ratio to the largest answer; None: the noise is judged instead.
+        max_noise: allowed root mean square of the error in ratio to that of the answers.
+    """
+
+    inputs_sha256: str
+    outputs_sha256: str
+    batch: int
+    max_relative: float | None = None
+    max_noise: float | None = None
 
 
 class Artifact(Record, frozen=True, kw_only=True):
@@ -71,6 +107,7 @@ class Artifact(Record, frozen=True, kw_only=True):
         key: digest of the recipe.
         fidelity: each conversion compared with PyTorch (or with the ONNX that was given).
         survival: what became of each scale that the source came with; None for a float source.
+        golden: samples that it is checked on wherever it runs; None where the runtime computes nothing.
         notes: sentences for a person: what was changed or lost, and accepted.
     """
 
@@ -87,5 +124,6 @@ class Artifact(Record, frozen=True, kw_only=True):
     compression: CompressionReport
     layers: LayerReport
     survival: SurvivalReport | None = None
+    golden: Golden | None = None
     notes: tuple[str, ...] = ()
     created_utc: str

@@ -7,6 +7,7 @@ from typing import Literal
 from edgedeploy.documents import Record
 from edgedeploy.records.artifact import OptionValue
 from edgedeploy.records.device import DeviceFacts
+from edgedeploy.records.model import Fidelity
 from edgedeploy.records.target import Precision
 
 # History of edgedeploy.run:
@@ -145,6 +146,7 @@ class Run(Record, frozen=True, kw_only=True):
         cell: the release file's name of the cell, or the artifact's.
         schedule: in words, how bursts were taken and alternated.
         boundary: None when not a single visit succeeded.
+        golden: its answers on this device beside the golden ones; None where the artifact has none.
         side: "baseline" or "candidate" in an A/B session, "single" alone.
         events: what happened that a reader should know (a dropped pair, a child that died), in order.
     """
@@ -158,6 +160,7 @@ class Run(Record, frozen=True, kw_only=True):
     facts: DeviceFacts
     runtime: str
     boundary: Boundary | None
+    golden: Fidelity | None = None
     schedule: str
     started_utc: str
     visits: tuple[Visit, ...]

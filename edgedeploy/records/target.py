@@ -30,6 +30,8 @@ class QuantizationRules(Record, frozen=True, kw_only=True):
             convolution, so that the sum is fused into it).
         clamps: whether a Relu or Clip before a quantized tensor stays ("kept") or is left out where the integers
             cannot leave its range ("absorbed").
+        product_outputs: whether a Gemm or MatMul that nothing quantized reads answers in float ("float"), as the
+            integer kernels of some runtimes can, or is rounded too ("integer"), without which others compute in float.
         excluded_operators: what is never quantized for this back end.
         weight_only: how integer weights of a node that computes in float are stored: "MatMulNBits" (ONNX Runtime's
             operator, which keeps them small in memory too, where it fits; else DequantizeLinear), "DequantizeLinear",
@@ -45,6 +47,7 @@ class QuantizationRules(Record, frozen=True, kw_only=True):
     bias: Literal["int32", "float32"] = "int32"
     residual_add: Literal["all", "skip"] = "all"
     clamps: Literal["kept", "absorbed"] = "kept"
+    product_outputs: Literal["float", "integer"] = "float"
     excluded_operators: tuple[str, ...] = ()
     weight_only: Literal["MatMulNBits", "DequantizeLinear", "refused"] = "DequantizeLinear"
     dynamic: Literal["DynamicQuantizeLinear", "refused"] = "refused"
@@ -56,9 +59,11 @@ class BackendRules(Record, frozen=True, kw_only=True):
 
     Attributes:
         options: defaults for the back end's options (-O key=value overrides them).
+        int8_slower: why int8 is known, or was measured, to be slower than fp32 here; "" where it is not.
     """
 
     precisions: tuple[Precision, ...]
+    int8_slower: str = ""
     options: dict[str, str | int | float | bool] = {}
 
 
@@ -93,6 +98,7 @@ class Target(Record, frozen=True, kw_only=True):
     """A target file, `targets/<name>.toml`; the file name is the target's name.
 
     Attributes:
+        isa: what its processor has, as /proc/cpuinfo spells it; any_isa: of these, at least one.
         resolve: not empty for `host`: which real target this machine is, first match wins.
         quantization: back end → how it wants its int8 form; also for back ends that `backends` does not allow.
     """
@@ -102,10 +108,17 @@ class Target(Record, frozen=True, kw_only=True):
     description: str
     machine: str = ""
     isa: tuple[str, ...] = ()
+    any_isa: tuple[str, ...] = ()
     resolve: tuple[Resolution, ...] = ()
     backends: dict[str, BackendRules] = {}
     quantization: dict[str, QuantizationRules] = {}
     conditions: ConditionLimits = ConditionLimits()
+
+
+def is_target(target: Target, *, machine: str, isa: Collection[str]) -> bool:
+    """Return whether a machine is of the kind that a target describes, as far as its processor goes."""
+    has_any = not target.any_isa or any(feature in isa for feature in target.any_isa)
+    return target.machine in ("", machine) and has_any and all(feature in isa for feature in target.isa)
 
 
 def target_folders() -> list[Path]:

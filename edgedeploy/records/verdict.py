@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from edgedeploy.documents import Record
+from edgedeploy.records.target import Precision
 
 # History of edgedeploy.verdict:
 #   1 (0.1.0)  first version
@@ -86,8 +87,47 @@ class CellVerdict(Record, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class Contender(Record, frozen=True, kw_only=True):
+    """One artifact beside others: a row of the table in which a reader looks for the best of them.
+
+    Attributes:
+        role: "baseline" for what others are compared with.
+        p50_s, peak_rss_bytes: as measured beside the baseline; a baseline's are of the first pair that it was in.
+        change, low, high: of the median latency against the baseline, measured interleaved: a fraction, positive is
+            slower; None where it was not compared.
+        metric: of the evaluation set; accuracy: its value.
+        agreement: share of the evaluation samples with the baseline's arg-max; None where nobody asked.
+        decision: of the cell; None for a baseline and for what was not measured.
+        absent: why it was not measured, and what to do about it; "" where it was.
+    """
+
+    cell: str
+    backend: str
+    precision: Precision
+    target: str
+    device: str
+    model: str = ""
+    role: Literal["baseline", "candidate"] = "candidate"
+    baseline_cell: str = ""
+    size_bytes: int | None = None
+    p50_s: float | None = None
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    peak_rss_bytes: float | None = None
+    metric: str = ""
+    accuracy: float | None = None
+    agreement: float | None = None
+    decision: Decision | None = None
+    absent: str = ""
+
+
 class Verdict(Record, frozen=True, kw_only=True):
-    """A gate's answer."""
+    """A gate's answer.
+
+    Attributes:
+        contenders: all that was compared, side by side, and what could have been but is not installed.
+    """
 
     format: str = FORMAT
     name: str
@@ -95,3 +135,4 @@ class Verdict(Record, frozen=True, kw_only=True):
     cells: tuple[CellVerdict, ...]
     policy: Policy
     judged_utc: str
+    contenders: tuple[Contender, ...] = ()

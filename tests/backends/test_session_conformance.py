@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgedeploy.backends import load_backends, session_file
+from edgedeploy.documents import to_builtins
+from edgedeploy.errors import ToolchainError
 from edgedeploy.lab.bundle import connect, ship
 from edgedeploy.lab.transport import LocalTransport
 from edgedeploy.lab.visits import Schedule, Side, compute_outputs, measure_block, measure_memory
@@ -78,6 +80,11 @@ def compiled(request, tmp_path_factory) -> Compiled:
         pytest.skip(reason)
     if backend.builds_on == "device":
         pytest.skip(f"{backend.name} compiles on the device")
+    if backend.tools is not None:
+        try:
+            backend.tools.python()
+        except ToolchainError as error:
+            pytest.skip(str(error))
     folder = tmp_path_factory.mktemp(backend.name)
     path = folder / "tiny.onnx"
     if backend.name != "fake":
@@ -93,7 +100,9 @@ def compiled(request, tmp_path_factory) -> Compiled:
     options = backend.options()
     artifact = folder / f"tiny{backend.suffix}"
     backend.compile(model, target, options, artifact)
-    return Compiled(backend.name, artifact, session_file(backend.name), dataclasses.asdict(options))
+    ports = {name: to_builtins(port) for name, port in backend.inspect(artifact).ports.items()}
+    given = {**dataclasses.asdict(options), **({"ports": ports} if ports else {})}
+    return Compiled(backend.name, artifact, session_file(backend.name), given)
 
 
 def batch(first: int, count: int) -> dict[str, tuple[bytes, str, list[int]]]:
@@ -141,6 +150,56 @@ def test_same_inputs_give_the_same_bytes(compiled):
         first = session.outputs()
         session.infer()
         assert session.outputs() == first
+
+
+def test_inference_leaves_the_inputs_as_they_are(compiled):
+    """A runtime may compute in the memory of its inputs; what is timed many times must be the same inference."""
+    with compiled.load() as session:
+        session.bind(batch(0, 2))
+        session.infer()
+        first = session.outputs()
+        for _ in range(5):
+            session.infer()
+        assert session.outputs() == first
+
+
+def test_inputs_belong_to_the_session_once_they_are_bound(compiled):
+    """The caller may use its memory for something else."""
+    values = {name: np.array(array[:1]) for name, array in INPUTS.items()}
+    with compiled.load() as session:
+        session.bind({name: (memoryview(array).cast("B"), "float32", [1, 4]) for name, array in values.items()})
+        for array in values.values():
+            array[...] = 1e9
+        session.infer()
+        found = session.outputs()
+        assert found == _packed_answers(session, 0, 1)
+
+
+def test_refused_inputs_do_not_change_the_answers(compiled):
+    with compiled.load() as session:
+        before = answers(session, 0, 2)
+        with pytest.raises(ValueError, match="x"):
+            session.bind({**batch(0, 1), "x": (bytes(16), "int32", [1, 4])})
+        after = answers(session, 0, 2)
+    assert {name: array.tobytes() for name, array in before.items()} == {n: a.tobytes() for n, a in after.items()}
+
+
+def test_two_sessions_of_one_artifact_do_not_disturb_each_other(compiled):
+    with compiled.load() as one, compiled.load() as other:
+        one.bind(batch(0, 1))
+        other.bind(batch(1, 2))
+        one.infer()
+        other.infer()
+        first, second = one.outputs(), other.outputs()
+    with compiled.load() as alone:
+        assert first == _packed_answers(alone, 0, 1)
+        assert second == _packed_answers(alone, 1, 2)
+
+
+def _packed_answers(session: Any, first: int, count: int) -> dict[str, tuple[bytes, str, list[int]]]:
+    session.bind(batch(first, count))
+    session.infer()
+    return session.outputs()
 
 
 def test_binding_again_changes_the_inputs(compiled):
@@ -208,9 +267,9 @@ def test_runner_measures_it_and_computes_its_outputs(compiled, tmp_path):
         np.testing.assert_allclose(fetched[name], array, rtol=1e-6)
 
 
-def test_onnxruntime_computes_what_the_model_says(compiled):
-    if compiled.name != "onnxruntime":
-        pytest.skip("the fake runtime does not compute the model")
+def test_session_computes_what_the_model_says(compiled):
+    if not BACKENDS[compiled.name].computes:
+        pytest.skip(f"{compiled.name} does not compute the model")
     with compiled.load() as session:
         outputs = answers(session, 0, SAMPLES)
     np.testing.assert_allclose(outputs["y"], (INPUTS["x"] + INPUTS["m"]) @ WEIGHT, rtol=1e-5)

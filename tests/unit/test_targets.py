@@ -34,12 +34,19 @@ def test_tensorrt_rules_are_symmetric_with_a_float_bias():
     assert (rules.weight_only, rules.dynamic) == ("refused", "refused")
 
 
-@pytest.mark.parametrize("name", ["arm64-linux", "raspberry-pi-4", "raspberry-pi-5"])
+@pytest.mark.parametrize("name", ["arm64-linux", "raspberry-pi-4", "raspberry-pi-5", "x86-64", "x86-64-vnni"])
 def test_tflite_rules_are_those_of_its_specification(name):
     rules = load_target(name, machine="", isa=()).quantization["tflite"]
-    assert (rules.activation_dtype, rules.activation_symmetric, rules.bias) == ("int8", False, "int32")
+    assert (rules.activation_dtype, rules.activation_symmetric, rules.weight_bits) == ("int8", False, 8)
+    # Its converter makes the int32 biases, and what it converts is the float model, whole.
+    assert (rules.bias, rules.clamps, rules.product_outputs) == ("float32", "kept", "integer")
     assert rules.weight_per_channel
-    assert rules.weight_bits == 8
+
+
+@pytest.mark.parametrize("name", ["arm64-linux", "raspberry-pi-4", "raspberry-pi-5", "x86-64", "x86-64-vnni"])
+def test_mnn_rules_leave_the_float_model_whole(name):
+    rules = load_target(name, machine="", isa=()).quantization["mnn"]
+    assert (rules.activation_symmetric, rules.bias, rules.clamps) == (False, "float32", "kept")
 
 
 @pytest.mark.parametrize(

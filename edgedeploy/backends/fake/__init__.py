@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import CompileError
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.model import Model
@@ -51,6 +52,9 @@ class FakeBackend:
     builds_on: Literal["host", "device"] = "host"
     options: type = Options
     packages: tuple[str, ...] = ()
+    tools: ToolEnvironment | None = None
+    computes = False
+    int8_is_portable = True
 
     def missing(self) -> str | None:
         """Say that nothing is missing."""

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import BackendMissing, CompileError
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.model import Model
@@ -48,10 +49,14 @@ _INTEGER_OPERATORS = {
 _BORDERS = {"QuantizeLinear": _Scales((), 1), "DequantizeLinear": _Scales(((0, 1),))}
 # What computes in float when its output is a float tensor, and would be integer arithmetic had it been fused.
 _FLOAT_OPERATORS = frozenset({
-    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Sub", "Mul", "Div",
-    "AveragePool", "GlobalAveragePool", "ReduceMean", "Concat", "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "Tanh",
-    "HardSigmoid", "HardSwish", "Gelu", "QuickGelu", "Softmax", "BatchNormalization", "LayerNormalization",
-    "SkipLayerNormalization", "Resize", "LSTM", "GRU", "RNN", "Gather",
+    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum", "Attention",
+    "MultiHeadAttention", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Erf", "AveragePool",
+    "GlobalAveragePool", "LpPool", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceL2", "CumSum", "Concat",
+    "Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Celu", "Selu", "Sigmoid", "Tanh", "Mish", "Softplus", "HardSigmoid",
+    "HardSwish", "Gelu", "FastGelu", "BiasGelu",
+    "QuickGelu", "Softmax", "LogSoftmax", "BatchNormalization", "InstanceNormalization",
+    "GroupNormalization", "GroupNorm", "LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "Resize", "GridSample", "Where", "LSTM", "GRU", "RNN", "Gather",
 })  # fmt: skip
 # Element types of the ONNX file format in which weights are stored in fewer bytes than float32 takes.
 _SMALL_TYPES = frozenset({2, 3, 10, 16, 17, 18, 19, 20, 21, 22})
@@ -86,6 +91,10 @@ class OnnxRuntimeBackend:
     builds_on: Literal["host", "device"] = "host"
     options: type = Options
     packages: tuple[str, ...] = ("onnx", "onnxruntime")
+    tools: ToolEnvironment | None = None
+    computes = True
+    # x86 without VNNI saturates where other processors are exact.
+    int8_is_portable = False
 
     def missing(self) -> str | None:
         """Say what to install."""
