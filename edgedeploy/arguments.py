@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from edgedeploy.backends import Backend, load_backends
 from edgedeploy.documents import closest, complaint, line_of, to_builtins
 from edgedeploy.errors import DocumentError, UsageError
 from edgedeploy.judge.margin import margin_from_text
 from edgedeploy.records.model import DType, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
-from edgedeploy.records.release import Release, load_release
-from edgedeploy.records.target import Precision
-from edgedeploy.records.verdict import Margin, Metric, Policy
+from edgedeploy.records.release import CellEntry, Release, load_release
+from edgedeploy.records.target import Precision, Target
+from edgedeploy.records.verdict import Contender, Margin, Metric, Policy
 
+ALL = "all"
 DEFAULT_MARGINS = ("accuracy=-1pt", "latency_p50=+5%", "peak_memory=+10%", "artifact_size=+10%")
 
 
@@ -148,3 +151,115 @@ def margins_from_texts(texts: Sequence[str]) -> dict[Metric, Margin]:
         except ValueError as error:
             raise UsageError(f"--margin {text}: {error}") from error
     return margins
+
+
+def names_from_text(text: str) -> tuple[str, ...]:
+    """Parse NAME[,NAME]; "all", alone or among others, is all.
+
+    >>> names_from_text("host, raspberry-pi-5"), names_from_text("tflite,all"), names_from_text("")
+    (('host', 'raspberry-pi-5'), ('all',), ())
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    return (ALL,) if ALL in names else names
+
+
+def backends_of(target: Target, wanted: Collection[str]) -> dict[str, Backend | str]:
+    """Return the back ends that a target has rules for, each with what compiles for it, or why nothing does here.
+
+    Args:
+        target: resolved.
+        wanted: names, or "all".
+
+    Raises:
+        UsageError: a name that no back end of the target has.
+    """
+    found, broken = load_backends()
+    for name in wanted:
+        if name != ALL and name not in target.backends:
+            known = ", ".join(target.backends) or "none"
+            raise UsageError(
+                f"target {target.name!r} has no rules for back end {name!r}{closest(name, target.backends)} "
+                f"(it has: {known})"
+            )
+    states: dict[str, Backend | str] = {}
+    for name in target.backends:
+        if ALL not in wanted and name not in wanted:
+            continue
+        runtime = found.get(name)
+        if runtime is not None:
+            states[name] = runtime.missing() or runtime
+        elif name in broken:
+            states[name] = f"the plugin for back end {name!r} is installed but broken: {broken[name]}"
+        else:
+            states[name] = f"no back end {name!r} is installed here; install the package that brings it"
+    return states
+
+
+def allowed_precisions(target: Target, runtime: Backend) -> tuple[Precision, ...]:
+    """Return what a back end may build for a target, the widest first."""
+    known: tuple[Precision, ...] = typing.get_args(Precision)
+    allowed = runtime.precisions.intersection(target.backends[runtime.name].precisions)
+    if runtime.name not in target.quantization:
+        allowed -= {"int8"}
+    return tuple(precision for precision in known if precision in allowed)
+
+
+def on_other_runtimes(
+    cell: CellEntry, target: Target, listed: Sequence[CellEntry], wanted: Collection[str]
+) -> tuple[list[CellEntry], list[Contender]]:
+    """Return a candidate cell for each other runtime of its target, and those that cannot be built here, with why.
+
+    What the release file lists itself is not made a second time. Options that the other runtime knows too are kept.
+
+    Args:
+        cell: the candidate.
+        target: its target, resolved.
+        listed: every cell of the release file.
+        wanted: names of back ends, or "all".
+    """
+    made: list[CellEntry] = []
+    absent: list[Contender] = []
+    for name, state in backends_of(target, wanted).items():
+        other = msgspec.structs.replace(cell, name=f"{cell.name}@{name}", backend=name)
+        if name == cell.backend or any(_is_same_work(other, one) for one in listed):
+            continue
+        if isinstance(state, str):
+            absent.append(_absent(other, target, state))
+        elif cell.precision not in allowed_precisions(target, state):
+            does = ", ".join(allowed_precisions(target, state)) or "nothing"
+            reason = f"{name} for target {target.name!r} does not do {cell.precision} (it does: {does})"
+            absent.append(_absent(other, target, reason))
+        else:
+            known = {field.name for field in dataclasses.fields(state.options)}
+            options = {key: value for key, value in cell.options.items() if key in known}
+            made.append(msgspec.structs.replace(other, options=options))
+    taken = {one.name for one in listed}.intersection(one.name for one in made)
+    if taken:
+        raise UsageError(
+            f"the release file has another cell of the name {min(taken)!r}, which this run needs for {cell.name!r} on "
+            f"another runtime; rename that cell"
+        )
+    return made, absent
+
+
+def _is_same_work(one: CellEntry, other: CellEntry) -> bool:
+    keys = ("model", "target", "backend", "precision", "device", "baseline", "quantization")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def _absent(cell: CellEntry, target: Target, reason: str) -> Contender:
+    return Contender(
+        cell=cell.name,
+        backend=cell.backend,
+        precision=cell.precision,
+        target=target.name,
+        device=cell.device,
+        model=cell.model,
+        baseline_cell=cell.baseline,
+        absent=reason,
+    )
+
+
+def dropped_options(cell: CellEntry, made: CellEntry) -> Mapping[str, object]:
+    """Return the options of a cell that its twin on another runtime does without."""
+    return {key: value for key, value in cell.options.items() if key not in made.options}

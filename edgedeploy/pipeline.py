@@ -11,32 +11,58 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from edgedeploy.arguments import (
+    ALL,
     DEFAULT_MARGINS,
+    allowed_precisions,
+    backends_of,
+    dropped_options,
     margins_from_texts,
     model_name,
+    on_other_runtimes,
     parse_inputs,
     policy_from_pairs,
     precision_from_text,
     read_release,
 )
-from edgedeploy.build import BuildRequest, Built, Progress, build, canonical_model, deliver, load_artifact, this_target
+from edgedeploy.backends import Backend
+from edgedeploy.build import (
+    MANIFEST,
+    BuildRequest,
+    Built,
+    Progress,
+    build,
+    canonical_model,
+    deliver,
+    load_artifact,
+    this_target,
+)
 from edgedeploy.documents import closest, write_json
-from edgedeploy.errors import DeviceError, ModelError, ToolchainError, UsageError
+from edgedeploy.errors import (
+    BackendMissing,
+    DeviceError,
+    EdgedeployError,
+    ModelError,
+    ToolchainError,
+    UsageError,
+    VisitFailed,
+)
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.lab.inventory import lab_path, load_lab
 from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
 from edgedeploy.records.artifact import Artifact, OptionValue
+from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
 from edgedeploy.records.sensitivity import Sensitivity
-from edgedeploy.records.target import ConditionLimits
-from edgedeploy.records.verdict import CellVerdict, Policy, Verdict
+from edgedeploy.records.target import ConditionLimits, Precision, Target
+from edgedeploy.records.verdict import CellVerdict, Contender, Policy, Verdict
 from edgedeploy.results import Results, load_run, utc_now
 from edgedeploy.storage import cache_dir, write_atomic
 
@@ -65,6 +91,7 @@ class Outcome:
         artifacts: cell → artifact.
         problems: the cells that could not be built or measured; the verdict has them as INCONCLUSIVE.
         files: label → where something was written.
+        other_runtimes: back ends of the candidates' targets that no cell was made for.
     """
 
     verdict: Verdict
@@ -72,6 +99,7 @@ class Outcome:
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     problems: tuple[CellVerdict, ...] = ()
     files: dict[str, Path] = field(default_factory=dict)
+    other_runtimes: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- the whole spine
@@ -81,6 +109,8 @@ def run(
     release_file: Path,
     *,
     cells: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    backends: Sequence[str] = (),
     rebuild: bool = False,
     trust_pickle: bool = False,
     seed: int = 0,
@@ -93,22 +123,31 @@ def run(
     A cell that cannot be built or measured does not stop the others: it is INCONCLUSIVE, with the reason, and stands in
     `Outcome.problems`.
 
+    Args:
+        cells: names of candidate cells; empty: all.
+        targets: only the cells of these targets; "all": every one, on every runtime that is installed for it.
+        backends: each candidate on these runtimes too, or on "all"; what is not installed stands in
+            `Verdict.contenders` with what installs it.
+
     Raises:
         UsageError: the release file, a name or a file in it is wrong.
         EdgedeployError: the only cell could not be built or measured; what was measured is stored and named.
     """
     release, policy = read_release(release_file)
     inventory = load_lab(lab_path(lab))
-    judged_cells = _judged_cells(release_file, release, cells)
+    chosen = _chosen_cells(release_file, release, cells, targets, backends)
+    for one in chosen.absent:
+        progress(f"{one.cell}: left out: {one.absent}")
     built: dict[str, Built] = {}
     pairs: list[Pair] = []
-    problems: list[CellVerdict] = []
-    for candidate, baseline in judged_cells:
+    absent, problems = list(chosen.absent), list[CellVerdict]()
+    for candidate, baseline in chosen.pairs:
         try:
             for cell in (baseline, candidate):
                 if cell.name not in built:
-                    built[cell.name] = build(_request(release_file, release, cell, rebuild, trust_pickle), progress)
-            request = MeasureRequest(
+                    request = _request(release_file, release, cell, rebuild, trust_pickle)
+                    built[cell.name] = _built(request, progress)
+            session = MeasureRequest(
                 sides=((baseline.name, built[baseline.name]), (candidate.name, built[candidate.name])),
                 device_name=candidate.device,
                 device=device_of(inventory, candidate.device),
@@ -117,22 +156,28 @@ def run(
                 blocks=policy.max_blocks,
                 seed=seed,
             )
-            pairs.append(_measured_pair(request, policy, len(judged_cells), Results(results), progress))
+            pairs.append(_measured_pair(session, policy, len(chosen.pairs), Results(results), progress))
         except (ModelError, ToolchainError, DeviceError) as error:
-            if len(judged_cells) == 1:
+            if len(chosen.pairs) == 1:
                 raise
             progress(f"{candidate.name}: {error}")
-            problems.append(_unjudged(candidate, baseline, error))
+            is_problem = candidate.name not in chosen.notes or not _is_not_installed(error)
+            absent.append(_unmeasured(candidate, baseline, error, "INCONCLUSIVE" if is_problem else None))
+            problems += [_unjudged(candidate, baseline, error)] if is_problem else []
     artifacts = {name: one.artifact for name, one in built.items()}
     outcome = _judged(release.name, pairs, policy, artifacts, _leakage_notes(release_file, release, artifacts))
-    return _with_problems(outcome, problems)
+    outcome = _side_by_side(_with_problems(outcome, problems), absent, chosen.notes)
+    return dataclasses.replace(outcome, other_runtimes=chosen.other_runtimes)
 
 
-def plan(release_file: Path, *, cells: Sequence[str] = ()) -> list[str]:
+def plan(
+    release_file: Path, *, cells: Sequence[str] = (), targets: Sequence[str] = (), backends: Sequence[str] = ()
+) -> list[str]:
     """Return in words what `run` would do, without doing it."""
     release, policy = read_release(release_file)
     steps = []
-    for candidate, baseline in _judged_cells(release_file, release, cells):
+    chosen = _chosen_cells(release_file, release, cells, targets, backends)
+    for candidate, baseline in chosen.pairs:
         for cell in (baseline, candidate):
             step = f"build {cell.name}: {cell.model} for {cell.target} with {cell.backend} {cell.precision}"
             steps += [] if step in steps else [step]
@@ -142,7 +187,7 @@ def plan(release_file: Path, *, cells: Sequence[str] = ()) -> list[str]:
         )
         margins = ", ".join(f"{metric} {margin.text}" for metric, margin in policy.margins.items())
         steps.append(f"judge {candidate.name} against {baseline.name}: {margins or 'no margins, nothing is judged'}")
-    return steps
+    return [*steps, *(f"leave out {one.cell}: {one.absent}" for one in chosen.absent)]
 
 
 # ---------------------------------------------------------------- one step each
@@ -194,8 +239,12 @@ def compile(
         trust_pickle=trust_pickle,
         rebuild=rebuild,
     )
-    built = build(request, progress)
-    return deliver(built, output) if output else built
+    built = _built(request, progress)
+    if output is None:
+        return built
+    delivered = deliver(built, output)
+    write_json(output / MANIFEST, delivered.artifact)
+    return delivered
 
 
 def sensitivity(
@@ -281,6 +330,94 @@ def bench(
     )
     (stored,) = _stored_runs(request, lambda runs: False, Results(results), progress)
     return stored.run, Path(stored.file)
+
+
+def compare_precisions(
+    source: str,
+    *,
+    weights: Path | None = None,
+    inputs: Sequence[str | TensorSpec] = (),
+    target: str = "host",
+    backends: Sequence[str] = ("onnxruntime",),
+    calibration: Path | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+    quantization: Sequence[str] | QuantizationPolicy = (),
+    allow_loss: bool = False,
+    name: str | None = None,
+    trust_pickle: bool = False,
+    device: str = "local",
+    lab: Path | None = None,
+    evaluation: Path | None = None,
+    metric: str = "top1",
+    output_name: str = "",
+    margin: str = "",
+    max_blocks: int = 16,
+    seed: int = 0,
+    results: Path = Path("bench_results"),
+    progress: Progress = _silent,
+) -> Comparison:
+    """Build a model in every precision that a target and its back ends allow, and measure each beside fp32.
+
+    Every precision is measured interleaved with the fp32 of its own back end; the best of each back end then play off
+    against each other, likewise interleaved. What cannot be built or measured is a row that says why.
+
+    Args:
+        source: a model reference, as for `compile`; with weights, inputs and quantization likewise.
+        backends: names, or "all": each that the target has rules for.
+        calibration: what int8 is calibrated on; without it, only a model that brings its own scales becomes int8.
+        margin: how much accuracy may be lost and still count as kept; "": "accuracy=-1pt", or "accuracy=+5%" for mae.
+        max_blocks: A/B pairs at most for each comparison.
+
+    Raises:
+        UsageError: a name or a file is wrong, or `source` is an artifact.
+        EdgedeployError: nothing at all could be measured.
+    """
+    if _is_artifact(source):
+        raise UsageError(
+            f"{source} is an artifact, which has one precision; give the model that it was made from, and every "
+            f"precision of it is built and measured"
+        )
+    resolved = this_target(target)
+    states = backends_of(resolved, backends)
+    request = BuildRequest(
+        name=name or model_name(source),
+        source=source,
+        base=Path.cwd(),
+        weights=weights,
+        inputs=parse_inputs(inputs),
+        target=target,
+        backend="",
+        precision="fp32",
+        calibration=calibration,
+        options=options or {},
+        policy=_policy(quantization),
+        allow_loss=allow_loss,
+        trust_pickle=trust_pickle,
+    )
+    accuracy = _accuracy_margin(margin, metric) if evaluation else ""
+    limits = margins_from_texts(("latency_p50=+0%", *([f"accuracy={accuracy}"] if accuracy else [])))
+    comparing = _Comparing(
+        request,
+        resolved,
+        Policy(margins=limits, max_blocks=max_blocks, min_blocks=min(4, max_blocks)),
+        MeasureRequest(
+            sides=(),
+            device_name=device,
+            device=device_of(load_lab(lab_path(lab)), device),
+            limits=resolved.conditions,
+            evaluation=Evaluation(path=evaluation, metric=metric, output=output_name) if evaluation else None,
+            blocks=max_blocks,
+            seed=seed,
+        ),
+        Results(results),
+        progress,
+    )
+    for backend, state in states.items():
+        if isinstance(state, str) and ALL not in backends:
+            raise BackendMissing(state)
+        comparing.build(backend, state)
+    comparing.measure()
+    return comparing.result(accuracy)
 
 
 def gate(
@@ -428,6 +565,67 @@ def report_path(outcome: Outcome, results: Path) -> Path:
 # ---------------------------------------------------------------- what the verbs share
 
 
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a run of a release file judges.
+
+    Attributes:
+        pairs: (candidate, baseline).
+        notes: cell that is not in the file → what a reader should know about it.
+        absent: what would be judged too if its runtime were installed or could do it.
+        other_runtimes: back ends of the candidates' targets that no cell is for.
+    """
+
+    pairs: list[tuple[CellEntry, CellEntry]]
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    absent: tuple[Contender, ...] = ()
+    other_runtimes: tuple[str, ...] = ()
+
+
+def _chosen_cells(
+    path: Path, release: Release, names: Sequence[str], targets: Sequence[str], backends: Sequence[str]
+) -> _Chosen:
+    """Return the cells that were asked for, on every runtime that was asked for."""
+    pairs = _judged_cells(path, release, names)
+    resolved = {cell.target: this_target(cell.target) for cell, _ in pairs}
+    if ALL in targets:
+        backends = (ALL,)
+    elif targets:
+        pairs = _of_targets(path, pairs, resolved, targets)
+    if not backends:
+        used = {cell.backend for cell in release.cells}
+        others = dict.fromkeys(name for cell, _ in pairs for name in resolved[cell.target].backends if name not in used)
+        return _Chosen(pairs, other_runtimes=tuple(others))
+    expanded: list[tuple[CellEntry, CellEntry]] = []
+    notes: dict[str, tuple[str, ...]] = {}
+    absent: list[Contender] = []
+    for candidate, baseline in pairs:
+        made, missing = on_other_runtimes(candidate, resolved[candidate.target], release.cells, backends)
+        expanded += [(candidate, baseline), *((one, baseline) for one in made)]
+        for one in made:
+            lost = ", ".join(f"{key}={value}" for key, value in dropped_options(candidate, one).items())
+            notes[one.name] = (f"without {candidate.backend}'s options {lost}",) if lost else ()
+        absent += [msgspec.structs.replace(one, baseline_cell=baseline.name) for one in missing]
+    return _Chosen(expanded, notes, tuple(absent))
+
+
+def _of_targets(
+    path: Path,
+    pairs: Sequence[tuple[CellEntry, CellEntry]],
+    resolved: Mapping[str, Target],
+    wanted: Sequence[str],
+) -> list[tuple[CellEntry, CellEntry]]:
+    """Return the pairs whose target is wanted, by the name in the file or by what that is on this machine."""
+    names = {name: {name, target.name} for name, target in resolved.items()}
+    known = dict.fromkeys(alias for aliases in names.values() for alias in sorted(aliases))
+    for name in wanted:
+        if name not in known:
+            raise UsageError(
+                f"{path} has no candidate cell for target {name!r}{closest(name, known)} (it has: {', '.join(known)})"
+            )
+    return [(cell, baseline) for cell, baseline in pairs if names[cell.target].intersection(wanted)]
+
+
 def _judged_cells(path: Path, release: Release, names: Sequence[str]) -> list[tuple[CellEntry, CellEntry]]:
     """Return (candidate, baseline) for every candidate cell that was asked for."""
     known = [cell.name for cell in release.cells]
@@ -477,6 +675,57 @@ def _unjudged(candidate: CellEntry, baseline: CellEntry, error: Exception) -> Ce
         findings=(),
         notes=(f"could not be built or measured: {error}",),
     )
+
+
+def _unmeasured(
+    candidate: CellEntry, baseline: CellEntry, error: Exception, decision: Literal["INCONCLUSIVE"] | None
+) -> Contender:
+    """Return the row of a cell without figures; without a decision, it was not asked for by name."""
+    return Contender(
+        cell=candidate.name,
+        backend=candidate.backend,
+        precision=candidate.precision,
+        target=this_target(candidate.target).name,
+        device=candidate.device,
+        model=candidate.model,
+        baseline_cell=baseline.name,
+        decision=decision,
+        absent=str(error),
+    )
+
+
+def _is_not_installed(error: BaseException | None) -> bool:
+    """Say whether what failed, or what that rests on, is a runtime or converter that is not installed."""
+    if error is None:
+        return False
+    is_missing = isinstance(error, VisitFailed) and error.kind == "missing-runtime"
+    return is_missing or isinstance(error, BackendMissing) or _is_not_installed(error.__cause__)
+
+
+def _side_by_side(outcome: Outcome, absent: Sequence[Contender], notes: Mapping[str, Sequence[str]]) -> Outcome:
+    """Add to a verdict the rows of what was not measured, and what is to be known about cells that we made."""
+    from edgedeploy.judge.contenders import in_place
+
+    verdict = outcome.verdict
+    cells = tuple(
+        msgspec.structs.replace(cell, notes=(*notes.get(cell.cell, ()), *cell.notes)) for cell in verdict.cells
+    )
+    rows = in_place(verdict.contenders, absent)
+    return dataclasses.replace(outcome, verdict=msgspec.structs.replace(verdict, cells=cells, contenders=rows))
+
+
+def _built(request: BuildRequest, progress: Progress) -> Built:
+    """Build, and say in one line and in the artifact's notes where the precision is no gain on the target."""
+    from edgedeploy.judge.advice import int8_advice
+
+    advice = int8_advice(this_target(request.target), request.backend) if request.precision == "int8" else ""
+    if advice:
+        progress(f"{request.name}: {advice}")
+    built = build(request, progress)
+    if not advice or advice in built.artifact.notes:
+        return built
+    noted = msgspec.structs.replace(built.artifact, notes=(*built.artifact.notes, advice))
+    return dataclasses.replace(built, artifact=noted)
 
 
 def _with_problems(outcome: Outcome, problems: Sequence[CellVerdict]) -> Outcome:
@@ -582,6 +831,7 @@ def _judged(
     notes: tuple[str, ...] = (),
 ) -> Outcome:
     """Judge every pair within one error rate, and name in the verdict the files that it rests on."""
+    from edgedeploy.judge.contenders import contenders
     from edgedeploy.judge.gate import judge_gate
 
     verdict = judge_gate(name, [(old.run, new.run) for old, new in pairs], policy, judged_utc=utc_now())
@@ -595,4 +845,206 @@ def _judged(
         for cell, (old, new) in zip(verdict.cells, pairs, strict=True)
     )
     runs = {stored.file: stored.run for pair in pairs for stored in pair}
-    return Outcome(msgspec.structs.replace(verdict, cells=cells), runs, artifacts)
+    verdict = msgspec.structs.replace(verdict, cells=cells, contenders=contenders(cells, runs))
+    return Outcome(verdict, runs, artifacts)
+
+
+# ---------------------------------------------------------------- precisions side by side
+
+
+@dataclass(slots=True)
+class _Comparing:
+    """A model in every precision of some back ends, on the way from a request to a table.
+
+    Attributes:
+        request, session: what is asked for, less what differs from one artifact to the next.
+        built: back end → precision → artifact.
+        pairs: fp32 and another precision of one back end, measured.
+        play_offs: the best of two back ends, measured.
+    """
+
+    request: BuildRequest
+    target: Target
+    policy: Policy
+    session: MeasureRequest
+    store: Results
+    progress: Progress
+    built: dict[str, dict[Precision, Built]] = field(default_factory=dict)
+    absent: list[Contender] = field(default_factory=list)
+    errors: list[EdgedeployError] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    play_offs: list[Pair] = field(default_factory=list)
+
+    @property
+    def output(self) -> str:
+        """The output that the metric judges; "" for the only one."""
+        return self.session.evaluation.output if self.session.evaluation else ""
+
+    def build(self, backend: str, state: Backend | str) -> None:
+        """Build every precision that a back end may have, or note why not."""
+        if isinstance(state, str):
+            for precision in self.target.backends[backend].precisions:
+                self._leave_out(backend, precision, state)
+            return
+        for precision in allowed_precisions(self.target, state):
+            try:
+                built = _built(dataclasses.replace(self.request, backend=backend, precision=precision), self.progress)
+            except (ModelError, ToolchainError) as error:
+                self._fail(backend, precision, error)
+            except UsageError as error:
+                # What is missing for int8 alone, a calibration set, need not keep the others from being compared.
+                if precision != "int8" or self.request.calibration is not None:
+                    raise
+                self._fail(backend, precision, error)
+            else:
+                self.built.setdefault(backend, {})[precision] = built
+
+    def measure(self) -> None:
+        """Measure every precision beside the fp32 of its back end."""
+        work: list[tuple[Built, Built]] = []
+        for backend, precisions in self.built.items():
+            fp32 = precisions.get("fp32")
+            for precision, built in precisions.items():
+                if fp32 is None:
+                    self._leave_out(backend, precision, "there is no fp32 of this back end to compare it with")
+                elif built is not fp32:
+                    work.append((fp32, built))
+        for fp32, built in work:
+            if (pair := self._measured(fp32, built, self.session, len(work))) is not None:
+                self.pairs.append(pair)
+        if not self.pairs and self.errors:
+            raise self.errors[0]
+        if not self.pairs:
+            said = "; ".join(dict.fromkeys(row.absent for row in self.absent)) or "only one precision is allowed"
+            raise UsageError(f"nothing can be compared for target {self.target.name!r}: {said}")
+
+    def result(self, accuracy_margin: str) -> Comparison:
+        """Judge what was measured, let the best of each back end play off, and say what all of it shows."""
+        from edgedeploy.judge import advice, contenders
+
+        outcome = _judged(self.request.name, self.pairs, self.policy, {})
+        cells = outcome.verdict.cells
+        if not any(stored.run.outputs and stored.run.outputs.scores for pair in self.pairs for stored in pair):
+            accuracy_margin = ""
+        champion, finals = "", Outcome(_judged(self.request.name, [], self.policy, {}).verdict, {})
+        if advice.has_latency(cells):
+            champion, finals = self._play_off(cells, is_accuracy_judged=bool(accuracy_margin))
+        rows = contenders.with_agreement(outcome.verdict.contenders, _agreements(self.pairs, self.output))
+        rows = (*rows, *contenders.only_in(finals.verdict.contenders, rows))
+        known = {name: rules.int8_slower for name, rules in self.target.backends.items()}
+        by_cell = {row.cell: row for row in rows}
+        said = advice.conclusions(cells, by_cell, known, is_accuracy_judged=bool(accuracy_margin))
+        last = advice.conclusion(
+            by_cell.get(champion), accuracy_margin=accuracy_margin, is_evaluated=self.session.evaluation is not None
+        )
+        return Comparison(
+            name=self.request.name,
+            target=self.target.name,
+            device=self.session.device_name,
+            contenders=(*rows, *self.absent),
+            cells=cells,
+            play_offs=finals.verdict.cells,
+            accuracy_margin=accuracy_margin,
+            conclusions=(*said, *advice.play_off_conclusions(finals.verdict.cells, by_cell), last),
+            fastest=champion,
+            runs=(*outcome.runs, *finals.runs),
+        )
+
+    def _play_off(self, cells: Sequence[CellVerdict], *, is_accuracy_judged: bool) -> tuple[str, Outcome]:
+        """Return the cell of the fastest of all back ends, and what it was decided by."""
+        from edgedeploy.judge.advice import faster_by, fastest_of
+
+        policy = Policy(
+            margins=margins_from_texts(("latency_p50=+0%",)),
+            max_blocks=self.policy.max_blocks,
+            min_blocks=self.policy.min_blocks,
+        )
+        champion: Built | None = None
+        for precisions in self.built.values():
+            fp32 = precisions.get("fp32")
+            if fp32 is None:
+                continue
+            own = [cell for cell in cells if cell.baseline_cell == fp32.artifact.name]
+            name = fastest_of(own, fp32.artifact.name, is_accuracy_judged=is_accuracy_judged)
+            best = next(built for built in precisions.values() if built.artifact.name == name)
+            if champion is None:
+                champion = best
+                continue
+            session = dataclasses.replace(self.session, evaluation=None)
+            pair = self._measured(champion, best, session, 1)
+            if pair is None:
+                continue
+            self.play_offs.append(pair)
+            (cell,) = _judged(self.request.name, [pair], policy, {}).verdict.cells
+            champion = best if faster_by(cell) is not None else champion
+        assert champion is not None, "a pair was measured, and it had an fp32"
+        return champion.artifact.name, _judged(self.request.name, self.play_offs, policy, {})
+
+    def _measured(self, baseline: Built, candidate: Built, session: MeasureRequest, cells: int) -> Pair | None:
+        """Measure two artifacts until it is known which is faster; None, with a row that says why, where it failed."""
+        from edgedeploy.judge.advice import is_timed
+
+        sides = tuple((built.artifact.name, built) for built in (baseline, candidate))
+        recipe = candidate.artifact.recipe
+        try:
+            first, second = _stored_runs(
+                dataclasses.replace(session, sides=sides),
+                lambda runs: is_timed(runs[0], runs[1], self.policy, cells=cells),
+                self.store,
+                self.progress,
+            )
+        except (ModelError, ToolchainError, DeviceError) as error:
+            self._fail(recipe.backend, recipe.precision, error)
+            return None
+        return first, second
+
+    def _fail(self, backend: str, precision: Precision, error: EdgedeployError) -> None:
+        self.progress(f"{self.request.name}: {backend} {precision}: {error}")
+        self.errors.append(error)
+        self._leave_out(backend, precision, str(error))
+
+    def _leave_out(self, backend: str, precision: Precision, reason: str) -> None:
+        row = Contender(
+            cell=f"{self.request.name}-{self.target.name}-{backend}-{precision}",
+            backend=backend,
+            precision=precision,
+            target=self.target.name,
+            device=self.session.device_name,
+            model=self.request.name,
+            absent=reason,
+        )
+        self.absent.append(row)
+
+
+def _accuracy_margin(given: str, metric: str) -> str:
+    """Return how much accuracy may be lost, from "accuracy=-1pt"; "": the usual one of the metric."""
+    if not given:
+        return "+5%" if metric == "mae" else "-1pt"
+    name, equals, amount = given.partition("=")
+    if name != "accuracy" or not equals:
+        raise UsageError(
+            f"--margin {given}: what decides here is accuracy, such as accuracy=-1pt; latency is compared, not judged"
+        )
+    return amount
+
+
+def _agreements(pairs: Sequence[Pair], output: str) -> dict[str, float]:
+    """Return the share of evaluation samples to which a candidate gives its baseline's arg-max, by cell."""
+    found = {new.run.cell: _agreement(old.run, new.run, output) for old, new in pairs}
+    return {cell: share for cell, share in found.items() if share is not None}
+
+
+def _agreement(baseline: Run, candidate: Run, output: str) -> float | None:
+    from safetensors.numpy import load_file
+
+    from edgedeploy.prepare.fidelity import compare
+
+    if baseline.outputs is None or candidate.outputs is None:
+        return None
+    files = [cache_dir() / "outputs" / f"{one.sha256}.safetensors" for one in (baseline.outputs, candidate.outputs)]
+    expected, actual = (
+        {name: values for name, values in load_file(file).items() if output in ("", name)} for file in files
+    )
+    names, source = (baseline.cell, candidate.cell), baseline.outputs.dataset
+    compared = compare(lambda _: expected, lambda _: actual, [expected], names=names, sample_source=source)
+    return next((one.argmax_agreement for one in compared.outputs if one.argmax_agreement is not None), None)

@@ -10,7 +10,7 @@ import click
 
 from edgedeploy.cli import console
 from edgedeploy.documents import as_document
-from edgedeploy.errors import EdgedeployError
+from edgedeploy.errors import EdgedeployError, UsageError
 
 _EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
 
@@ -46,21 +46,99 @@ def _judging_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(epilog="Example: edgedeploy bench build/int8 --device local --evaluation edgedeploy/demo/evaluation")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--visits", type=click.IntRange(1), default=5, show_default=True, help="Fresh processes.")
+# What says how an artifact is made: only for --compare-precisions, which makes them.
+_BUILDING = {
+    "weights": "--weights",
+    "inputs": "--input",
+    "target": "--target",
+    "backends": "--backend",
+    "calibration": "--calibration",
+    "options": "-O",
+    "quantization": "-Q",
+    "allow_loss": "--allow-loss",
+    "margin": "--margin",
+    "name": "--name",
+    "trust_pickle": "--trust-pickle",
+}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  edgedeploy bench build/int8 --device local --evaluation edgedeploy/demo/evaluation
+  edgedeploy bench model.onnx --compare-precisions --backend all --calibration samples.npz \\
+      --evaluation evaluation.npz
+""",
+)
+@click.argument("artifact", metavar="ARTIFACT|MODEL")
+@click.option("--visits", type=click.IntRange(1), help="Fresh processes. [default: 5; to compare: at most 16 pairs]")
+@click.option("--compare-precisions", is_flag=True, help="Build MODEL in every precision and measure each beside fp32.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="To compare: a calibration set for int8.")
+@click.option("--target", help="To compare: a kind of device; see: edgedeploy targets list. [default: host]")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    metavar="NAME",
+    help="To compare: a runtime, or all; repeatable. [default: onnxruntime]",
+)
+@click.option("--margin", metavar="accuracy=AMOUNT", help="To compare: what may be lost. [default: accuracy=-1pt]")
+@console.weights_option
+@console.input_option
+@click.option("-O", "options", multiple=True, metavar="KEY=VALUE", help="To compare: an option of the back ends.")
+@click.option("-Q", "quantization", multiple=True, metavar="KEY=VALUE", help="To compare: as of compile.")
+@click.option("--allow-loss", is_flag=True, help="To compare: build also what loses compression.")
+@click.option("--name", help="To compare: what to call the model. [default: from MODEL]")
+@console.trust_pickle_option
 @_measuring_options
-def bench_command(artifact: Path, visits: int, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Measure ARTIFACT (a folder that compile wrote) on a device and store the run."""
+def bench_command(
+    artifact: str, visits: int | None, compare_precisions: bool, quiet: bool, as_json: bool, **given: Any
+) -> int:
+    """Measure ARTIFACT (a folder that compile wrote) on a device and store the run.
+
+    With --compare-precisions: build MODEL (as of compile) in every precision that the target and the back ends allow,
+    measure each interleaved with fp32, and name the fastest that keeps accuracy. Exit code 4: too noisy to tell any.
+    """
     from edgedeploy import pipeline
+
+    if compare_precisions:
+        return _compare_precisions(artifact, visits, quiet, as_json, given)
+    for key, flag in _BUILDING.items():
+        if given.pop(key):
+            raise UsageError(
+                f"{flag} says how an artifact is made, and bench measures one that is there; add --compare-precisions "
+                f"to build and compare, or leave it out"
+            )
     from edgedeploy.render.text import run_text
 
-    run, path = pipeline.bench(artifact, visits=visits, progress=console.progress(quiet), **options)
+    run, path = pipeline.bench(Path(artifact), visits=visits or 5, progress=console.progress(quiet), **given)
     if as_json:
         console.print_json({**as_document(run), "path": str(path)})
-        return
-    click.echo(run_text(run, color=console.uses_color(), width=console.terminal_width()))
-    click.echo(f"run: {path}")
+    else:
+        click.echo(run_text(run, color=console.uses_color(), width=console.terminal_width()))
+        click.echo(f"run: {path}")
+    return 0
+
+
+def _compare_precisions(model: str, visits: int | None, quiet: bool, as_json: bool, given: dict[str, Any]) -> int:
+    from edgedeploy import pipeline
+    from edgedeploy.render.text import comparison_text
+
+    if visits is not None and visits < 2:
+        raise UsageError("--visits 1 says nothing about a difference; --compare-precisions needs 2 at least")
+    chosen: dict[str, Any] = {
+        "target": given.pop("target") or "host",
+        "backends": given.pop("backends") or ("onnxruntime",),
+        "margin": given.pop("margin") or "",
+        "options": console.parse_pairs(given.pop("options")),
+        "max_blocks": visits or 16,
+    }
+    found = pipeline.compare_precisions(model, **chosen, **given, progress=console.progress(quiet))
+    if as_json:
+        console.print_json(as_document(found))
+    else:
+        click.echo(comparison_text(found, color=console.uses_color(), width=console.terminal_width()))
+    return 0 if found.fastest else _EXIT_CODES["INCONCLUSIVE"]
 
 
 @click.command(epilog="Example: edgedeploy compare build/fp32 build/int8")

@@ -26,9 +26,27 @@ def init_command(path: Path, force: bool, as_json: bool) -> None:
         click.echo(f"wrote {written}; name your model in it, then: edgedeploy run {written}")
 
 
-@click.command(epilog="Example: edgedeploy run edgedeploy.toml --html report.html")
+@click.command(
+    epilog="""\b
+Examples:
+  edgedeploy run edgedeploy.toml --html report.html
+  edgedeploy run edgedeploy.toml --targets all          every installed runtime, side by side
+""",
+)
 @click.argument("release", type=click.Path(path_type=Path), default=_DEFAULT_FILE)
 @click.option("--cell", "cells", multiple=True, help="Only this candidate cell; repeatable.")
+@click.option(
+    "--targets",
+    default="",
+    metavar="all|NAME[,NAME]",
+    help="Only the cells of these targets; all: every cell, on every runtime that is installed for its target.",
+)
+@click.option(
+    "--backends",
+    default="",
+    metavar="all|NAME[,NAME]",
+    help="Each candidate on these runtimes too, side by side with its own.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be built, shipped and measured, and stop.")
 @click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
 @console.trust_pickle_option
@@ -43,6 +61,8 @@ def init_command(path: Path, force: bool, as_json: bool) -> None:
 def run_command(
     release: Path,
     cells: tuple[str, ...],
+    targets: str,
+    backends: str,
     dry_run: bool,
     rebuild: bool,
     trust_pickle: bool,
@@ -60,10 +80,16 @@ def run_command(
     The exit code is the verdict: 0 PASS, 1 FAIL, 4 INCONCLUSIVE.
     """
     from edgedeploy import pipeline
+    from edgedeploy.arguments import names_from_text
     from edgedeploy.cli.measuring import show_outcome
 
+    wanted: dict[str, tuple[str, ...]] = {
+        "cells": cells,
+        "targets": names_from_text(targets),
+        "backends": names_from_text(backends),
+    }
     if dry_run:
-        plan = pipeline.plan(release, cells=cells)
+        plan = pipeline.plan(release, **wanted)
         if as_json:
             console.print_json({"format": "edgedeploy.plan/1", "steps": plan})
         else:
@@ -71,7 +97,7 @@ def run_command(
         return 0
     outcome = pipeline.run(
         release,
-        cells=cells,
+        **wanted,
         rebuild=rebuild,
         trust_pickle=trust_pickle,
         seed=seed,
@@ -80,4 +106,8 @@ def run_command(
         progress=console.progress(quiet),
     )
     pipeline.write_reports(outcome, junit=junit, markdown=markdown, html=html or pipeline.report_path(outcome, results))
-    return show_outcome(outcome, as_json)
+    code = show_outcome(outcome, as_json)
+    if outcome.other_runtimes and not as_json and not quiet:
+        others = ", ".join(outcome.other_runtimes)
+        click.echo(f"to compare other runtimes too ({others}): edgedeploy run {release} --targets all", err=True)
+    return code

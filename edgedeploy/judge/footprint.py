@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from edgedeploy.judge.boundaries import differing_field
 from edgedeploy.judge.estimate import estimate_of_difference, units_to_decide
 from edgedeploy.judge.family import ErrorRate
 from edgedeploy.records.run import Run
@@ -126,7 +127,8 @@ def _why_no_peak(baseline: Run, candidate: Run) -> tuple[str, str] | None:
             f"the baseline was measured on {baseline.device} and the candidate on {candidate.device}",
             "measure both artifacts on one device",
         )
-    if baseline.boundary != candidate.boundary:
+    is_one_sided = (baseline.boundary is None) != (candidate.boundary is None)
+    if is_one_sided or differing_field(baseline, candidate) is not None:
         return (
             "threads, batch or copies differ between the two runs, so their memory cannot be compared",
             "measure both artifacts with the same threads, batch and copies",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from edgedeploy.errors import UsageError
 from edgedeploy.judge.accuracy import judge_accuracy
+from edgedeploy.judge.boundaries import unlike_copies
 from edgedeploy.judge.family import ErrorRate, Judge, step_down, step_down_cells
 from edgedeploy.judge.footprint import judge_artifact_size, judge_peak_memory
 from edgedeploy.judge.speed import (
@@ -182,6 +183,7 @@ def _cell_verdict(evidence: _Evidence, policy: Policy, judged: Mapping[Metric, F
 
 def _notes(baseline: Run, candidate: Run, policy: Policy) -> tuple[str, ...]:
     notes = [] if policy.margins else ["the policy has no margin, so nothing was judged"]
+    notes += unlike_copies(baseline, candidate)
     for side, run in (("baseline", baseline), ("candidate", candidate)):
         unsteady = sum(not visit.is_steady for visit in run.visits if not visit.dropped)
         if unsteady:

@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from edgedeploy.judge.boundaries import differing_field
 from edgedeploy.judge.estimate import estimate_of_mean, units_to_decide
 from edgedeploy.judge.family import ErrorRate
 from edgedeploy.judge.percentiles import SUPPORT, samples_of, supported_percentile
 from edgedeploy.judge.spending import nominal_levels
-from edgedeploy.records.run import Boundary, Run, Visit
+from edgedeploy.records.run import Run, Visit
 from edgedeploy.records.verdict import Decision, Finding, Margin, Policy
 from edgedeploy.units import format_change, format_duration
 
@@ -197,14 +198,12 @@ def why_not_comparable(baseline: Run, candidate: Run) -> tuple[str, str] | None:
             "the two runs were not measured interleaved in one session, so drift between them is not cancelled",
             again,
         )
-    for field in Boundary.__struct_fields__:
-        # A run without a boundary has no visit either, which is said elsewhere.
-        before, after = (getattr(run.boundary, field, None) for run in (baseline, candidate))
-        if before != after and baseline.boundary and candidate.boundary:
-            return (
-                f"the timed regions differ: {field} is {before!r} for the baseline and {after!r} for the candidate",
-                f"measure both artifacts with the same {field}",
-            )
+    if (field := differing_field(baseline, candidate)) is not None:
+        before, after = (getattr(run.boundary, field) for run in (baseline, candidate))
+        return (
+            f"the timed regions differ: {field} is {before!r} for the baseline and {after!r} for the candidate",
+            f"measure both artifacts with the same {field}",
+        )
     for side, run in (("baseline", baseline), ("candidate", candidate)):
         for visit in run.visits:
             for sample_s in samples_of(visit):

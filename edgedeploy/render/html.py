@@ -35,6 +35,7 @@ from edgedeploy.render.figures import (
     printable,
     verdict_sentence,
 )
+from edgedeploy.render.side_by_side import verdict_table
 from edgedeploy.units import format_bytes, format_duration
 
 Facts = list[tuple[str, str]]
@@ -113,6 +114,9 @@ def report_html(verdict: Verdict, runs: Mapping[str, Run], artifacts: Mapping[st
             for cell, finding in decisive(verdict)
         ],
         "cells": [_cell_view(number, cell, runs, manifests) for number, cell in enumerate(verdict.cells, start=1)],
+        "side_by_side": verdict_table(verdict),
+        "anchors": {cell.cell: f"cell-{number}" for number, cell in enumerate(verdict.cells, start=1)},
+        "decisions": ("PASS", "FAIL", "INCONCLUSIVE"),
         "margins": [(METRIC_TITLES[metric], margin.text) for metric, margin in verdict.policy.margins.items()],
         "tool": ", ".join(sorted({f"edgedeploy {run.edgedeploy}" for run in runs.values()})) or "edgedeploy",
         "hatch": HATCH,

@@ -2,7 +2,7 @@
 
 One test suite a cell, one test case a metric. PASS is a passed case, FAIL a <failure>, and INCONCLUSIVE an
 <error type="inconclusive">: a <skipped> case counts as green in CI systems, and what is not decided must not. Skipped
-are only the metrics that the policy does not judge.
+are only the metrics that the policy does not judge, and cells whose runtime is not installed.
 """
 
 from __future__ import annotations
@@ -10,27 +10,32 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
-from edgedeploy.records.verdict import CellVerdict, Decision, Finding, Verdict
+from edgedeploy.records.verdict import CellVerdict, Contender, Decision, Finding, Verdict
 from edgedeploy.render.figures import NOT_JUDGED, decision_text, finite, one_line, printable, verdict_sentence
 
 
 def verdict_junit(verdict: Verdict) -> str:
     """Return a verdict as a JUnit XML document."""
     root = ET.Element("testsuites", name=one_line(verdict.name))
+    rows = {row.cell: row for row in verdict.contenders if row.role == "candidate"}
     for cell in verdict.cells:
-        root.append(_suite(cell, verdict))
+        root.append(_suite(cell, verdict, rows.get(cell.cell)))
     if all(cell.decision != verdict.decision for cell in verdict.cells):
         # No cell says what the whole says (there may be none): the whole must still show as not passed.
         suite = ET.SubElement(root, "testsuite", name=one_line(verdict.name), timestamp=printable(verdict.judged_utc))
         suite.append(_verdict_case(verdict.decision, verdict.name, verdict_sentence(verdict)))
         _count(suite)
+    judged = {cell.cell for cell in verdict.cells}
+    for row in verdict.contenders:
+        if row.absent and row.cell not in judged:
+            root.append(_absent_suite(row, verdict))
     for name in ("tests", "failures", "errors", "skipped"):
         root.set(name, str(sum(int(suite.get(name, "0")) for suite in root)))
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _suite(cell: CellVerdict, verdict: Verdict) -> ET.Element:
+def _suite(cell: CellVerdict, verdict: Verdict, row: Contender | None) -> ET.Element:
     suite = ET.Element("testsuite", name=one_line(cell.cell), timestamp=printable(verdict.judged_utc))
     if (seconds := finite(cell.seconds)) is not None:
         suite.set("time", f"{seconds:.3f}")
@@ -43,6 +48,7 @@ def _suite(cell: CellVerdict, verdict: Verdict) -> ET.Element:
             ("target", cell.target),
             ("baseline_run", cell.baseline_run),
             ("candidate_run", cell.candidate_run),
+            *(_row_properties(row) if row else []),
             *(("note", note) for note in cell.notes),
         ],
     )
@@ -52,6 +58,27 @@ def _suite(cell: CellVerdict, verdict: Verdict) -> ET.Element:
         suite.append(_verdict_case(cell.decision, cell.cell, "; ".join(cell.notes) or "no metric was judged"))
     _count(suite)
     return suite
+
+
+def _absent_suite(row: Contender, verdict: Verdict) -> ET.Element:
+    """Return a suite of one skipped case: a runtime that is not installed was not asked for, so nothing failed."""
+    suite = ET.Element("testsuite", name=one_line(row.cell), timestamp=printable(verdict.judged_utc))
+    _properties(suite, [("baseline", row.baseline_cell), ("target", row.target), *_row_properties(row)])
+    case = ET.SubElement(suite, "testcase", classname=one_line(row.cell), name="verdict")
+    ET.SubElement(case, "skipped", message=one_line(row.absent))
+    _count(suite)
+    return suite
+
+
+def _row_properties(row: Contender) -> list[tuple[str, str]]:
+    numbers = [
+        ("size_bytes", row.size_bytes),
+        ("p50_s", row.p50_s),
+        ("peak_rss_bytes", row.peak_rss_bytes),
+        ("accuracy", row.accuracy),
+    ]
+    named = [("backend", row.backend), ("precision", row.precision)]
+    return [*named, *((name, repr(number)) for name, number in numbers if number is not None)]
 
 
 def _case(cell: CellVerdict, finding: Finding) -> ET.Element:

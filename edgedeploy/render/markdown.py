@@ -19,6 +19,7 @@ from edgedeploy.render.figures import (
     one_line,
     verdict_sentence,
 )
+from edgedeploy.render.side_by_side import verdict_table
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~!$])")
 _SIGNS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
@@ -39,9 +40,19 @@ def verdict_markdown(verdict: Verdict, runs: Mapping[str, Run], artifacts: Mappi
         "",
         _escaped(verdict_sentence(verdict)),
     ]
+    lines += _side_by_side(verdict)
     for cell in verdict.cells:
         lines += ["", *_cell_lines(cell, runs), *_compression(cell, runs, manifests)]
     return "\n".join(lines) + "\n"
+
+
+def _side_by_side(verdict: Verdict) -> list[str]:
+    shown = verdict_table(verdict)
+    if shown is None:
+        return []
+    missing = [f"- not compared: {_escaped(line)}" for line in shown.missing]
+    note = ["", _escaped(shown.note)] if shown.note else []
+    return ["", *_table(shown.columns, shown.rows), *note, *([""] if missing else []), *missing]
 
 
 def _cell_lines(cell: CellVerdict, runs: Mapping[str, Run]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgedeploy.records.artifact import Artifact
+from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.compression import CompressionReport
 from edgedeploy.records.model import Fidelity, Model, TensorSpec
 from edgedeploy.records.quantization import SourceQuantization
@@ -39,10 +40,12 @@ from edgedeploy.render.figures import (
     drop_reason,
     fidelity_cells,
     finding_text,
+    one_line,
     printable,
     run_figures,
     verdict_sentence,
 )
+from edgedeploy.render.side_by_side import DISPENSABLE, SideBySide, comparison_table, verdict_table
 from edgedeploy.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -71,6 +74,9 @@ def verdict_text(verdict: Verdict, runs: Mapping[str, Run], *, color: bool, widt
     def show(console: Console) -> None:
         for cell in verdict.cells:
             _show_cell(console, cell, runs)
+        if (shown := verdict_table(verdict)) is not None:
+            _show_side_by_side(console, "Side by side", shown)
+            console.print()
         console.print(_styled(verdict.decision), _plain(f": {verdict_sentence(verdict)}"), sep="")
 
     return _rendered(show, color=color, width=width)
@@ -186,6 +192,19 @@ def inspection_text(record: Model | Artifact, *, color: bool, width: int | None,
     return _rendered(show, color=color, width=width)
 
 
+def comparison_text(comparison: Comparison, *, color: bool, width: int | None) -> str:
+    """Return the precisions of a model as a table and sentences, the fastest that keeps accuracy last."""
+
+    def show(console: Console) -> None:
+        where = f"{comparison.name} for {comparison.target} on {comparison.device}"
+        _show_side_by_side(console, where, comparison_table(comparison))
+        console.print()
+        for line in comparison.conclusions:
+            console.print(_plain(one_line(line)))
+
+    return _rendered(show, color=color, width=width)
+
+
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, color: bool, width: int | None = None
 ) -> str:
@@ -210,6 +229,33 @@ def _show_cell(console: Console, cell: CellVerdict, runs: Mapping[str, Run]) -> 
     took = f" after {format_duration(cell.seconds)}" if cell.seconds is not None else ""
     console.print(_plain(f"{cell.cell}: "), _styled(cell.decision), _plain(took), sep="")
     console.print()
+
+
+def _show_side_by_side(console: Console, title: str, shown: SideBySide) -> None:
+    """Show a table; what a narrow screen has no room for is named below it."""
+    dropped: list[str] = []
+    for dispensable in (name for name in DISPENSABLE if name in shown.columns):
+        if _side_by_side_width(shown, padding=0) <= console.width:
+            break
+        shown = shown.without([dispensable])
+        dropped.append(dispensable)
+    made = _table(title, shown.columns, shown.rows)
+    made.padding = (0, int(_side_by_side_width(shown, padding=1) <= console.width), 0, 0)
+    console.print(made)
+    if dropped:
+        console.print(_plain(f"no room here for: {', '.join(dropped)}"))
+    if shown.note:
+        console.print(_plain(shown.note))
+    _show_list(console, "Not compared", shown.missing)
+
+
+def _side_by_side_width(shown: SideBySide, *, padding: int) -> int:
+    """Return what a table needs for its figures to stay on one line, with a divider after each column."""
+    widths = []
+    for place, cells in enumerate(zip(shown.columns, *shown.rows, strict=True)):
+        longest = max(map(len, cells))
+        widths.append(longest if longest <= _WORD else _least_width(shown.columns, shown.rows, place))
+    return sum(width + padding + 1 for width in widths) + 1
 
 
 def _show_fidelity(console: Console, conversions: Sequence[Fidelity]) -> None:
@@ -297,11 +343,15 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     made = Table(title=_plain(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
         # A narrow screen breaks lines between words before it breaks words.
-        words = " ".join([column, *(row[place] for row in rows)]).split()
-        made.add_column(_plain(column), overflow="fold", min_width=min(_WORD, max(map(len, words), default=1)))
+        made.add_column(_plain(column), overflow="fold", min_width=_least_width(columns, rows, place))
     for row in rows:
         made.add_row(*(_styled(text) for text in row))
     return made
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]], place: int) -> int:
+    words = " ".join([columns[place], *(row[place] for row in rows)]).split()
+    return min(_WORD, max(map(len, words), default=1))
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> Table:
