@@ -354,7 +354,7 @@ def test_rewritten_graph_computes_the_same_and_so_does_its_artifact(tmp_path):
         np.testing.assert_allclose(made[name], values, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["MaxPool", "Resize"])
+@pytest.mark.parametrize("kind", ["MaxPool", "MaxPool of codes below zero", "Resize"])
 def test_what_mnn_computes_wrongly_on_integers_stays_exact(kind, tmp_path):
     rng = np.random.default_rng(2)
     nodes, constants = [], {"sizes": np.array([1, 4, 16, 12], np.int64)}
@@ -364,15 +364,19 @@ def test_what_mnn_computes_wrongly_on_integers_stays_exact(kind, tmp_path):
         constants |= values
     layer = (
         helper.make_node("MaxPool", ["c"], ["p/float"], name="layer", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
-        if kind == "MaxPool"
+        if kind != "Resize"
         else helper.make_node("Resize", ["c", "", "", "sizes"], ["p/float"], name="layer", mode="linear")
     )
+    is_low = kind == "MaxPool of codes below zero"
+    convolution = helper.make_node("Conv", ["x/q", "w"], ["c/raw" if is_low else "c/float"], name="first", pads=[1] * 4)
     making = {
-        "x/q": [], "c": [helper.make_node("Conv", ["x/q", "w"], ["c/float"], name="first", pads=[1] * 4)],
+        "x/q": [],
+        "c": [convolution, *([helper.make_node("Relu", ["c/raw"], ["c/float"], name="relu")] if is_low else [])],
         "p": [layer], "y": [helper.make_node("Conv", ["p", "v"], ["y/float"], name="last")],
     }  # fmt: skip
     for tensor, scale in (("x/q", 0.02), ("c", 0.03), ("p", 0.02), ("y", 0.01)):
-        more, values = pair(tensor, "x" if tensor == "x/q" else f"{tensor}/float", scale)
+        zero_point, scale = (-128, 0.01) if is_low and tensor in ("c", "p") else (0, scale)
+        more, values = pair(tensor, "x" if tensor == "x/q" else f"{tensor}/float", scale, zero_point)
         constants |= values
         nodes += [*making[tensor], *more]
     program = graph_of(nodes, constants, source=(1, 3, 8, 6))

@@ -392,7 +392,9 @@ def _keep_from_integers(draft: Prepared) -> None:
     made: dict[int, list[NodeProto]] = {}
     producers = {name: node for node in draft.graph.graph.node for name in node.output}
     for index, node in enumerate(draft.graph.graph.node):
-        sides = _float_sides(node, producers) if draft.activations.keys() & {node.input[0], node.output[0]} else ""
+        sides = (
+            _float_sides(node, producers, draft) if draft.activations.keys() & {node.input[0], node.output[0]} else ""
+        )
         if not sides:
             continue
         result = node.output[0]
@@ -411,12 +413,16 @@ def _keep_from_integers(draft: Prepared) -> None:
     _replace_nodes(draft, made)
 
 
-def _float_sides(node: NodeProto, producers: Mapping[str, NodeProto]) -> str:
+def _float_sides(node: NodeProto, producers: Mapping[str, NodeProto], draft: Prepared) -> str:
     """Return which sides of a node integers must be kept from: "both", "result" or ""."""
     if node.op_type in ("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "ReduceSum"):
         return "both"
     if node.op_type == "MaxPool":
-        return "" if _is_never_negative(node.input[0], producers) else "both"
+        grid = draft.activations.get(node.input[0])
+        has_no_negative_codes = (
+            grid is not None and grid.zero_point >= 0 and _is_never_negative(node.input[0], producers)
+        )
+        return "" if has_no_negative_codes else "both"
     is_interpolation = node.op_type == "Resize" and _attributes(node).get("mode", b"nearest") != b"nearest"
     return "result" if is_interpolation else ""
 
