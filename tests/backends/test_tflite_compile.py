@@ -338,14 +338,22 @@ def test_keep_layout_keeps_the_models_axes(tmp_path, feeds):
         np.testing.assert_allclose(got[name], array, atol=1e-5 * np.abs(array).max(), rtol=0)
 
 
-def test_recurrent_layers_are_said_to_keep_their_state(tmp_path, built):
+def test_recurrent_layers_are_said_to_keep_their_state_and_to_take_one_sample(tmp_path, built):
     random = np.random.default_rng(4)
     constants = {name: random.normal(size=(1, 20, width)).astype(np.float32) for name, width in (("w", 3), ("r", 5))}
-    nodes = [helper.make_node("LSTM", ["x", "w", "r"], ["y"], name="lstm", hidden_size=5)]
-    source = model(nodes, [value("x", [4, 1, 3])], [value("y", [4, 1, 1, 5])], constants)
-    (note,) = BACKEND.inspect(compiled(source, tmp_path)).notes
-    assert "reset_all_variables" in note
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["by time"], name="turn", perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["by time", "w", "r"], ["states"], name="lstm", hidden_size=5),
+        helper.make_node("ReduceMean", ["states"], ["y"], name="mean", axes=[0, 1], keepdims=0),
+    ]
+    source = model(nodes, [value("x", ["batch", 4, 3])], [value("y", ["batch", 5])], constants)
+    file = compiled(source, tmp_path)
+    state, batch = BACKEND.inspect(file).notes
+    assert "reset_all_variables" in state
+    assert "one sample at a time" in batch
     assert BACKEND.inspect(built["fp32"][1]).notes == ()
+    feeds = {"x": random.normal(size=(1, 4, 3)).astype(np.float32)}
+    np.testing.assert_allclose(answers(file, feeds)["y"], answers_of_onnx(source, feeds)["y"], rtol=0, atol=1e-6)
 
 
 def test_a_clamp_behind_a_turn_of_axes_does_not_keep_a_product_from_integers(tmp_path):

@@ -101,7 +101,7 @@ class TFLiteBackend:
                     "none of its weights can be stored in float16", backend=self.name, hint="build it as fp32"
                 )
         graph.model.metadata = [item for item in graph.model.metadata or [] if item.name != _PRECISION_HINT]
-        write_said(graph, converted.ports, tensors)
+        write_said(graph, converted.ports, tensors, is_batch_fixed=converted.is_batch_fixed)
         write_atomic(out, graph.packed())
 
     def inspect(self, artifact: Path) -> LayerReport:

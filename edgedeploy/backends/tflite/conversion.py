@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +49,13 @@ class Converted:
         graph: the file, opened.
         tensors: ONNX tensor → the tensors of the file that hold its values, in whatever order of axes.
         ports: the model's input or output → where the file has it.
+        is_batch_fixed: whether a batch that is free in the model had to be fixed at 1.
     """
 
     graph: FlatGraph
     tensors: dict[str, tuple[int, ...]]
     ports: dict[str, Port]
+    is_batch_fixed: bool = False
 
 
 def convert(
@@ -68,7 +70,8 @@ def convert(
     """Convert a graph and check the result against it.
 
     A free batch is converted as 1 and freed afterwards: told that it is free, the converter computes the pads of
-    convolutions in each inference. Where the trial, on two samples, shows that a graph does not bear it, it is told.
+    convolutions in each inference. Where the trial, on two samples, shows that a graph does not bear it, it is told;
+    and where that is of no use either (recurrent layers, which have time as first axis inside), the batch stays 1.
 
     Args:
         source: what the file has to compute: float32, without Q/DQ.
@@ -85,12 +88,17 @@ def convert(
     expected = _run_onnx(source, inputs)
     trial = _Trial(source, inputs, expected, tools.python(progress), frozenset(rounded), keep_layout)
     single = with_batch(source, 1)
-    if single is not None:
-        try:
-            return trial.convert(prepare(single), frees_batch=True)
-        except _NotThisWay:
-            pass
-    return trial.convert(prepare(source))
+    if single is None:
+        return trial.convert(prepare(source))
+    try:
+        return trial.convert(prepare(single), frees_batch=True)
+    except _NotThisWay:
+        pass
+    try:
+        return trial.convert(prepare(source))
+    except CompileError:
+        fixed = convert(single, prepare, tools, rounded=rounded, keep_layout=keep_layout)
+        return replace(fixed, is_batch_fixed=True)
 
 
 def with_batch(source: ModelProto, batch: int) -> ModelProto | None:

@@ -14,11 +14,16 @@ from edgedeploy.records.artifact import LayerReport, Port
 # Names in the file's metadata under which compile says what the file itself has no field for.
 PORTS = "edgedeploy.ports"
 TENSORS = "edgedeploy.tensors"
+FIXED_BATCH = "edgedeploy.fixed_batch"
 
 _CONVERSIONS = frozenset({"QUANTIZE", "DEQUANTIZE"})
 _STATE = (
     "its recurrent layers keep their state from one inference to the next; an application that starts anew each time "
     "must call reset_all_variables() first, as edgedeploy does"
+)
+_ONE_SAMPLE = (
+    "it takes one sample at a time: its layers could not be converted with a free batch axis; fix the batch of the "
+    "model (--input NAME=4x...) for another one"
 )
 # What has no arithmetic: it moves values, makes shapes or indices, or only hands on. In float it costs no accuracy.
 _MOVES = frozenset({
@@ -47,18 +52,29 @@ def report(artifact: Path) -> LayerReport:
         scales=_scales(graph, tensors),
         expanded=_expanded(graph, tensors),
         ports={name: Port(**entry) for name, entry in sorted(_said(graph, PORTS, artifact).items())},
-        notes=(_STATE,) if any(tensor.isVariable for tensor in graph.tensors) else (),
+        notes=_notes(graph),
     )
 
 
-def write_said(graph: FlatGraph, ports: dict[str, Port], tensors: dict[str, str]) -> None:
+def _notes(graph: FlatGraph) -> tuple[str, ...]:
+    keeps_state = any(tensor.isVariable for tensor in graph.tensors)
+    is_fixed = graph.metadata(FIXED_BATCH) is not None
+    return (*([_STATE] if keeps_state else []), *([_ONE_SAMPLE] if is_fixed else []))
+
+
+def write_said(
+    graph: FlatGraph, ports: dict[str, Port], tensors: dict[str, str], *, is_batch_fixed: bool = False
+) -> None:
     """Put into a file what `report` reads from it.
 
     Args:
         graph: the file.
         ports: the model's input or output → where the file has it.
         tensors: rounded tensor or weights of the model → the tensor that stores it.
+        is_batch_fixed: whether a batch that is free in the model had to be fixed at 1.
     """
+    if is_batch_fixed:
+        graph.set_metadata(FIXED_BATCH, b"1")
     said = {
         name: {"tensor": port.tensor, "layout": port.layout, "permutation": list(port.permutation)}
         for name, port in ports.items()
