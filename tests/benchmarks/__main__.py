@@ -9,6 +9,7 @@ Figures are ratios or counts measured side by side in one run; nothing here asse
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ NAMES = (
     "help_time",
     "second_compile",
     "plain_loop",
+    "litert_cross_check",
     "efficientnet_lite0",
     "mobilenet_v2",
     "calibration_memory",
@@ -49,6 +51,7 @@ def main(names: tuple[str, ...], options: tuple[str, ...]) -> int:
         if done.returncode != 0:
             failed += 1
             continue
+        # Packages print when they load weights: the figures start at the first line that starts a JSON object.
         document = {
             "format": "edgedeploy.figures/1",
             # Where a file lies on this machine says nothing to others.
@@ -57,7 +60,7 @@ def main(names: tuple[str, ...], options: tuple[str, ...]) -> int:
             ),
             "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "machine": f"{cpu_model()}, {platform.machine()}, Python {platform.python_version()}",
-            "figures": json.loads(done.stdout[done.stdout.index("{\n") :]),  # packages print when they load weights
+            "figures": json.loads(re.split(r"^(?=\{)", done.stdout, maxsplit=1, flags=re.MULTILINE)[-1]),
         }
         (FIGURES / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     return failed
