@@ -1,6 +1,7 @@
 """verify: a model's source, its ONNX and its artifact side by side, from real PyTorch models through the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from onnx import numpy_helper  # noqa: E402
 
 from edgedeploy import cli, pipeline  # noqa: E402
+from edgedeploy.backends import load_backends  # noqa: E402
 from edgedeploy.build import BuildRequest, canonical_model  # noqa: E402
 from edgedeploy.errors import FidelityError, ModelError, UsageError  # noqa: E402
 from edgedeploy.judge.metrics import metric_from_text  # noqa: E402
@@ -301,7 +303,7 @@ def test_what_cannot_be_meant_is_a_sentence(place, artifact):
         verified("no_such_folder", place, model="tiny_nets:residual")
     with pytest.raises(UsageError, match="unlabelled has no labels, which top1 needs"):
         verified("tiny_nets:residual", place, inputs=(IMAGE,), evaluation=place / "unlabelled.npz", metrics=top1)
-    with pytest.raises(UsageError, match="PyTorch's have no such names"):
+    with pytest.raises(UsageError, match="those of PyTorch and of other runtimes are not"):
         verified("tiny_nets:residual", place, inputs=(IMAGE,), evaluation=images, layers=True)
     with pytest.raises(UsageError, match='did you mean "output"'):
         verified("tiny_nets:residual", place, inputs=(IMAGE,), evaluation=images, output="outputs")
@@ -317,15 +319,27 @@ def test_another_source_than_the_artifacts_own_is_said_or_refused(place, artifac
         verified(artifact, place, model="tiny_nets:residual_with_taps", evaluation=place / "images.npz")
 
 
-def test_artifacts_of_other_back_ends_are_sent_to_bench(place, artifact):
+def test_artifacts_of_a_runtime_that_invents_its_answers_are_sent_to_bench(place, artifact):
     folder = place / "for-fake"
-    folder.mkdir()
+    shutil.copytree(artifact, folder)
     manifest = json.loads((artifact / "manifest.json").read_text())
     manifest["recipe"]["backend"] = "fake"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / manifest["file"]).write_bytes((artifact / manifest["file"]).read_bytes())
     with pytest.raises(UsageError, match=r"compiled for fake, which verify does not run.*edgedeploy bench"):
         verified(folder, place, model="tiny_nets:residual")
+
+
+@pytest.mark.parametrize("backend", ["mnn", "tflite"])
+def test_artifacts_of_other_runtimes_are_compared_by_their_device_half(place, backend):
+    if reason := load_backends()[0][backend].missing():
+        pytest.skip(reason)
+    built = pipeline.compile(
+        "tiny_nets:residual", inputs=(IMAGE,), backend=backend, precision="fp32", output=place / backend
+    )
+    found = verified(built.folder, place, model="tiny_nets:residual", evaluation=place / "images.npz")
+    assert [form.name for form in found.forms] == ["PyTorch", "fp32 ONNX", "artifact"]
+    assert max(one.max_relative for item in found.fidelity for one in item.outputs) < 1e-5
+    assert found.samples == COUNT
 
 
 def test_nan_is_named_with_its_form(place):
