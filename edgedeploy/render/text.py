@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgedeploy.records.artifact import Artifact
+from edgedeploy.records.artifact import Artifact, Port
 from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.compression import CompressionReport
 from edgedeploy.records.model import Fidelity, Model, TensorSpec
@@ -141,7 +141,7 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
         ("for", f"{recipe.target}, {recipe.backend}, {recipe.precision}"),
         ("options", ", ".join(f"{key}={value}" for key, value in recipe.options.items()) or "none"),
         ("calibration", recipe.calibration or "none"),
-        *_tensor_facts(artifact.inputs, artifact.outputs),
+        *_tensor_facts(artifact.inputs, artifact.outputs, artifact.layers.ports),
         *compression_facts(artifact.compression),
         *precision_facts(artifact),
         ("tools", ", ".join(f"{package} {version}" for package, version in recipe.toolchain.items())),
@@ -399,11 +399,20 @@ def _rendered(show: Callable[[Console], None], *, color: bool, width: int | None
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
 
 
-def _tensor_facts(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[tuple[str, str]]:
+def _tensor_facts(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], ports: Mapping[str, Port] | None = None
+) -> list[tuple[str, str]]:
     return [
-        (label, "; ".join(f"{spec.name} {spec.dtype} {_shape(spec.shape)} {spec.layout}".strip() for spec in specs))
+        (label, "; ".join(_tensor_fact(spec, (ports or {}).get(spec.name)) for spec in specs))
         for label, specs in (("inputs", inputs), ("outputs", outputs))
     ]
+
+
+def _tensor_fact(spec: TensorSpec, port: Port | None) -> str:
+    inside = ""
+    if port is not None and port.permutation:
+        inside = f"({port.layout or f'axes {list(port.permutation)}'} in the file)"
+    return " ".join(part for part in (spec.name, spec.dtype, _shape(spec.shape), spec.layout, inside) if part)
 
 
 def _quantization_facts(source: SourceQuantization | None) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from edgedeploy.arguments import parse_inputs
 from edgedeploy.errors import UsageError
 from edgedeploy.pipeline import _lost
-from edgedeploy.records.artifact import LayerReport
+from edgedeploy.records.artifact import LayerReport, Port
 from edgedeploy.records.compression import KindStatement
 from edgedeploy.records.survival import SurvivalEntry, SurvivalReport
 from edgedeploy.render.compression import precision_facts, remaining_notes, survival_text
@@ -137,3 +137,12 @@ def test_an_input_that_is_given_twice_is_refused():
     assert [spec.name for spec in parse_inputs(("a=1x2", "b=1x2"))] == ["a", "b"]
     with pytest.raises(UsageError, match="--input a is given 2 times"):
         parse_inputs(("a=1x2", "b=1x2", "a=1x2"))
+
+
+def test_inputs_in_another_order_of_axes_are_said_to_be():
+    made = make_artifact("candidate")
+    name = made.inputs[0].name
+    ports = {name: Port(tensor=name, layout="NHWC", permutation=(0, 2, 3, 1))}
+    shown = " ".join(artifact_text(replace(made, layers=replace(made.layers, ports=ports))).split())
+    assert "(NHWC in the file)" in shown
+    assert "in the file" not in artifact_text(made)
