@@ -25,6 +25,7 @@ class QuantizationRules(Record, frozen=True, kw_only=True):
         activation_symmetric: zero-point fixed (0 for int8, 128 for uint8).
         weight_bits: 7 where the hardware's int8 multiply-add saturates (AVX2 without VNNI), else 8.
         weight_per_channel: one scale per output channel.
+        weight_range: the integers that weights may have: "full" with -128, or "narrow" without.
         bias: "int32" at input scale times weight scale, or "float32" where the back end rounds it itself.
         residual_add: which inputs of an Add are quantized: "all", or "skip" (only the branch that does not end in a
             convolution, so that the sum is fused into it).
@@ -44,6 +45,7 @@ class QuantizationRules(Record, frozen=True, kw_only=True):
     activation_symmetric: bool
     weight_bits: Literal[7, 8] = 8
     weight_per_channel: bool = True
+    weight_range: Literal["full", "narrow"] = "full"
     bias: Literal["int32", "float32"] = "int32"
     residual_add: Literal["all", "skip"] = "all"
     clamps: Literal["kept", "absorbed"] = "kept"

@@ -25,6 +25,7 @@ from edgedeploy.prepare.ptq.quantize import quantize  # noqa: E402
 from edgedeploy.prepare.simplify import simplify  # noqa: E402
 from edgedeploy.records.model import TensorSpec  # noqa: E402
 from edgedeploy.records.quantization import (  # noqa: E402
+    ActivationRange,
     DynamicActivation,
     Grid,
     QuantizationTable,
@@ -465,6 +466,29 @@ def test_short_floats_take_half_the_file(tmp_path, integer_mlp, storage):
     assert sqnr(emitted.model.fidelity[-1]) > {"float16": 60, "bfloat16": 40}[storage]
     assert set(BACKEND.inspect(Path(emitted.model.path)).expanded) == {"first.weight", "second.weight"}
     assert "computed with in float32" in emitted.notes[0]
+
+
+@pytest.mark.parametrize(("reach", "lowest"), [("full", -128), ("narrow", -127)])
+def test_trained_integers_of_minus_128_move_one_step_where_kernels_do_not_take_them(tmp_path, reach, lowest):
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(-128, -116).reshape(3, 4) / 64)
+    model, samples = canonical(layer, [TensorSpec(name="v", dtype="float32", shape=("batch", 4))], tmp_path)
+    ranged = ActivationRange(
+        low=-1.0, high=1.0, origin="trained", grid=Grid(scale=1 / 127, zero_point=0, low_code=-127, high_code=127)
+    )
+    (node,) = [node for node in read_graph(Path(model.path)).graph.node if node.op_type == "Gemm"]
+    weight = node.input[1]
+    table = QuantizationTable(
+        model_sha256=model.sha256, calibration="", calibration_sha256="", samples=0, method="QAT", nodes=(node.name,),
+        activations={"v": ranged}, weights={weight: WeightQuantization(axis=None, scales=(1 / 64,), origin="trained")},
+    )  # fmt: skip
+    rules = QuantizationRules(activation_dtype="int8", activation_symmetric=True, bias="float32", weight_range=reach)
+    emitted = emit(model, table, rules, samples, tmp_path / "q.onnx")
+    constants = view(read_graph(Path(emitted.model.path)).graph).constants
+    (codes,) = [value for value in constants.values() if value.dtype == np.int8 and value.ndim == 2]
+    assert codes.min() == lowest
+    assert bool([note for note in emitted.notes if "became -127" in note]) == (reach == "narrow")
 
 
 def test_weight_beyond_float16_stays_float32_and_is_named(tmp_path):

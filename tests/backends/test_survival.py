@@ -11,6 +11,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from onnx import helper, numpy_helper  # noqa: E402
 
+from edgedeploy import pipeline  # noqa: E402
 from edgedeploy.errors import FidelityError  # noqa: E402
 from edgedeploy.prepare.count.compression import compression_report  # noqa: E402
 from edgedeploy.prepare.dataset import random_samples  # noqa: E402
@@ -167,3 +168,16 @@ def test_weights_that_lose_their_integers_are_dropped(inherited, plain):
         if item.name == name:
             item.CopyFrom(helper.make_tensor(name, onnx.TensorProto.FLOAT16, item.dims, np.ones(item.dims).ravel()))
     assert fates(trace(model.quantization, table, changed), "emitted")[name] == "dropped"
+
+
+def test_every_trained_scale_reaches_the_tflite_file(tmp_path, monkeypatch):
+    pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
+    monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path))
+    built = pipeline.compile(
+        "tests.kinds:fx_qat", inputs=["image=batchx3x16x16"], target="raspberry-pi-4", backend="tflite", precision="int8"
+    )
+    stages = {stage: fate for entry in built.artifact.survival.entries for stage, fate in entry.stages.items()}
+    assert stages == {"canonical": "kept", "emitted": "kept", "artifact": "kept"}
+    assert built.artifact.survival.largest_relative_change == 0.0
+    assert built.artifact.layers.float_islands == ()
+    assert [note for note in built.artifact.notes if "became -127" in note]

@@ -32,7 +32,7 @@ from edgedeploy.prepare.emission.products import (
 )
 from edgedeploy.prepare.emission.stay_float import keep_float
 from edgedeploy.prepare.emission.weights import (
-    codes_of,
+    codes_by_the_rules,
     write_bias,
     write_dequantized,
     write_integer_weights,
@@ -269,7 +269,7 @@ def _write_weights(draft: Draft, name: str, form: Form) -> WeightQuantization:
     if form == "integer":
         return write_integer_weights(draft, name)
     if form == "dequantized":
-        write_dequantized(draft, name, codes_of(draft.seen.constants[name], grid, name), grid, np.dtype(np.int8))
+        write_dequantized(draft, name, codes_by_the_rules(draft, name, grid), grid, np.dtype(np.int8))
     elif form == "short":
         write_short_float(draft, name)
     return grid

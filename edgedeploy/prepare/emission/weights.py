@@ -26,6 +26,7 @@ _LARGEST_SAFE_CODE = 64
 _FLOAT8_OPSET = 19
 # Trained weights lie on their grid up to float32's rounding of scale * code.
 _GRID_TOLERANCE = 1e-3
+_LOWEST_NARROW_CODE = -127
 
 
 def codes_of(weight: NDArray[Any], grid: WeightQuantization, name: str) -> Codes:
@@ -77,7 +78,7 @@ def write_integer_weights(draft: Draft, name: str) -> WeightQuantization:
             f"bytes, with the same values",
             name,
         )
-    codes = codes_of(draft.seen.constants[name], grid, name)
+    codes = codes_by_the_rules(draft, name, grid)
     largest = int(np.abs(codes).max(initial=0))
     if draft.rules.weight_bits < grid.bits and largest > _LARGEST_SAFE_CODE:
         draft.note(
@@ -89,6 +90,23 @@ def write_integer_weights(draft: Draft, name: str) -> WeightQuantization:
     else:
         write_dequantized(draft, name, codes, grid, np.dtype(np.int8))
     return grid
+
+
+def codes_by_the_rules(draft: Draft, name: str, grid: WeightQuantization) -> Codes:
+    """Return the integers of weights as `codes_of` does, within what the target's kernels take.
+
+    Raises:
+        ModelError: trained weights that do not lie on their own grid.
+    """
+    codes = codes_of(draft.seen.constants[name], grid, name)
+    if draft.rules.weight_range == "full" or codes.min(initial=0) >= _LOWEST_NARROW_CODE:
+        return codes
+    draft.note(
+        f"the weights {NAMES} have trained integers of -128, which this target's kernels do not take; those became "
+        f"-127, one step of their grid",
+        name,
+    )
+    return np.maximum(codes, np.int16(_LOWEST_NARROW_CODE))
 
 
 def _by_the_rules(draft: Draft, name: str) -> WeightQuantization:
