@@ -174,7 +174,11 @@ def test_every_trained_scale_reaches_the_tflite_file(tmp_path, monkeypatch):
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
     monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path))
     built = pipeline.compile(
-        "tests.kinds:fx_qat", inputs=["image=batchx3x16x16"], target="raspberry-pi-4", backend="tflite", precision="int8"
+        "tests.kinds:fx_qat",
+        inputs=["image=batchx3x16x16"],
+        target="raspberry-pi-4",
+        backend="tflite",
+        precision="int8",
     )
     stages = {stage: fate for entry in built.artifact.survival.entries for stage, fate in entry.stages.items()}
     assert stages == {"canonical": "kept", "emitted": "kept", "artifact": "kept"}

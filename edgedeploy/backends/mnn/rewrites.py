@@ -380,7 +380,7 @@ def _as_rows(node: NodeProto, stored: StoredWeights) -> StoredWeights:
 
 
 def _keep_from_integers(draft: Prepared) -> None:
-    """Keep pools and resizes from integers where MNN computes them wrongly.
+    """Keep pools, running sums and resizes from integers where MNN computes them wrongly.
 
     It computes them on integers wherever a neighbour does. The maximum of negative integers comes out wrong on x86
     (cosine 0.2 to the right answer). A mean over a whole map is rounded to the grid of the map, of which it often spans
@@ -415,7 +415,7 @@ def _keep_from_integers(draft: Prepared) -> None:
 
 def _float_sides(node: NodeProto, producers: Mapping[str, NodeProto], draft: Prepared) -> str:
     """Return which sides of a node integers must be kept from: "both", "result" or ""."""
-    if node.op_type in ("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "ReduceSum"):
+    if node.op_type in ("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "ReduceSum", "CumSum"):
         return "both"
     if node.op_type == "MaxPool":
         grid = draft.activations.get(node.input[0])
