@@ -188,8 +188,10 @@ def test_relu6_within_which_the_grid_lies_is_left_out_without_changing_a_code(tm
         for name, values in table.activations.items()
     }
     table = msgspec.structs.replace(table, activations=reaching)
-    kept = emit(model, table, msgspec.structs.replace(TFLITE, clamps="kept"), samples, tmp_path / "k.onnx").model
-    absorbed = emit(model, table, TFLITE, samples, tmp_path / "a.onnx").model
+    kept = emit(model, table, TFLITE, samples, tmp_path / "k.onnx").model
+    absorbed = emit(
+        model, table, msgspec.structs.replace(TFLITE, clamps="absorbed"), samples, tmp_path / "a.onnx"
+    ).model
     assert [node.op_type for node in graph_of(kept).node].count("Clip") == len(clamped) == 3
     assert [node.op_type for node in graph_of(absorbed).node].count("Clip") == 0
     both = [answers(form.path, samples, is_optimized=False)["output"] for form in (kept, absorbed)]
