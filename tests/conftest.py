@@ -1,7 +1,15 @@
-"""Tests have caches of their own; the converters' environments, which take a minute to make, they share."""
+"""Tests have caches of their own, share the converters' environments, and draw the same examples in every run."""
 
 import os
 
+from hypothesis import settings
+
 from edgedeploy.storage import cache_dir
 
+# A change is not refused for an example that it did not bring; EDGEDEPLOY_TEST_RANDOM=1 looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+if not os.environ.get("EDGEDEPLOY_TEST_RANDOM"):
+    settings.load_profile("repeatable")
+
+# They take a minute to make.
 os.environ.setdefault("EDGEDEPLOY_TOOLS_DIR", str(cache_dir() / "tools"))
