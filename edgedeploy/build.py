@@ -101,6 +101,8 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     recipe = _recipe(request, runtime, target, {**rules.options, **request.options})
     key = sha256_bytes(encode_json(recipe))
     folder = cache_dir() / "artifacts" / key
+    if advice := _advice(request, target):
+        progress(f"{request.name}: {advice}")
     if not request.rebuild and (stored := _stored(folder, key)):
         # What the label says is no part of the recipe: it changes no byte, but it may be wrong today.
         if request.declared not in (None, Declared()):
@@ -114,7 +116,9 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     with _staging(folder) as work:
         model = canonical_model(request, progress)
         _demand_declared(request, model)
-        formed = _formed(request, model, target.quantization.get(runtime.name), work, progress)
+        # Opened once, however many steps look at them.
+        samples = cache(lambda: _samples(request, model.inputs))
+        formed = _formed(request, model, target.quantization.get(runtime.name), samples, work, progress)
         if formed.table:
             write_json(work / QUANTIZATION, formed.table)
         file = work / f"model{runtime.suffix}"
@@ -124,7 +128,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         survival = _survival(request, model, formed, layers)
         kept = None
         if runtime.computes:
-            kept = golden.write_golden(formed.model, request.precision, _samples(request, model.inputs), work)
+            kept = golden.write_golden(formed.model, request.precision, samples(), work)
         artifact = Artifact(
             name=f"{request.name}-{target.name}-{runtime.name}-{request.precision}",
             file=file.name,
@@ -139,9 +143,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             layers=layers,
             survival=survival,
             golden=kept,
-            notes=tuple(
-                dict.fromkeys((*(item.note for item in model.kinds if item.note), *formed.notes, *layers.notes))
-            ),
+            notes=_notes(*(item.note for item in model.kinds), *formed.notes, *layers.notes, advice),
             created_utc=utc_now(),
         )
         artifact = _proven(runtime, target, artifact, work, progress)
@@ -182,21 +184,31 @@ def deliver(built: Built, folder: Path) -> Built:
 
 def _proven(runtime: Backend, target: Target, artifact: Artifact, folder: Path, progress: Progress) -> Artifact:
     """Return the artifact with what it answered to its golden inputs here, or a note that says why it was not asked."""
-    if artifact.golden is None:
+    if artifact.golden is None or runtime.builds_on == "device":
         return artifact
-    later = "they are compared on the device before a number counts"
     is_this_machine = is_target(target, machine=platform.machine(), isa=_this_isa())
-    if runtime.builds_on == "device":
-        return artifact
     if artifact.recipe.precision == "int8" and not (is_this_machine or runtime.int8_is_portable):
-        note = f"its golden answers were not compared here, where int8 kernels are not those of {target.name}; {later}"
-        return msgspec.structs.replace(artifact, notes=(*artifact.notes, note))
-    progress(f"{artifact.recipe.model}: comparing its answers with the model's")
-    answered = golden.replay_here(runtime, artifact, folder)
-    if answered is None:
-        note = f"its golden answers were not compared here, where the runtime of {runtime.name} is missing; {later}"
-        return msgspec.structs.replace(artifact, notes=(*artifact.notes, note))
-    return msgspec.structs.replace(artifact, fidelity=(*artifact.fidelity, answered))
+        why = f"int8 kernels are not those of {target.name}"
+    else:
+        progress(f"{artifact.recipe.model}: comparing its answers with the model's")
+        answered = golden.replay_here(runtime, artifact, folder)
+        if answered is not None:
+            return msgspec.structs.replace(artifact, fidelity=(*artifact.fidelity, answered))
+        why = f"the runtime of {runtime.name} is missing"
+    later = "they are compared on the device before a number counts"
+    note = f"its golden answers were not compared here, where {why}; {later}"
+    return msgspec.structs.replace(artifact, notes=_notes(*artifact.notes, note))
+
+
+def _notes(*sentences: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(sentence for sentence in sentences if sentence))
+
+
+def _advice(request: BuildRequest, target: Target) -> str:
+    """Say where int8 is no gain on the target; "" elsewhere."""
+    from edgedeploy.judge.advice import int8_advice
+
+    return int8_advice(target, request.backend) if request.precision == "int8" else ""
 
 
 def this_target(name: str) -> Target:
@@ -383,7 +395,12 @@ def _demand_declared(request: BuildRequest, model: Model) -> None:
 
 
 def _formed(
-    request: BuildRequest, model: Model, rules: QuantizationRules | None, work: Path, progress: Progress
+    request: BuildRequest,
+    model: Model,
+    rules: QuantizationRules | None,
+    samples: Callable[[], Samples],
+    work: Path,
+    progress: Progress,
 ) -> Formed:
     from edgedeploy.prepare.form import form
 
@@ -393,7 +410,7 @@ def _formed(
                 f"{request.name}: int8 needs samples to calibrate on; give --calibration (a folder or an .npz), or "
                 f"[calibration] in the release file"
             )
-        return load_samples(request.calibration, model.inputs)
+        return samples()
 
     return form(
         model,
@@ -401,7 +418,7 @@ def _formed(
         rules,
         request.policy,
         calibration=calibration,
-        checks=lambda: _samples(request, model.inputs),
+        checks=samples,
         allow_loss=request.allow_loss,
         folder=work,
         cache=cache_dir() / "calibration",

@@ -15,7 +15,7 @@ from edgedeploy.lab import bundle, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.transport import LocalTransport, Transport
 from edgedeploy.lab.visits import Side
-from edgedeploy.prepare.dataset import Samples
+from edgedeploy.prepare.dataset import Samples, inference_batch
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.graph import Runner, read_graph
 from edgedeploy.records.artifact import Artifact, Golden
@@ -26,6 +26,8 @@ from edgedeploy.storage import sha256_file, write_atomic
 
 GOLDEN = "golden answers"
 INPUTS, OUTPUTS = "golden-inputs.safetensors", "golden-outputs.safetensors"
+# What a device's answers are called when they cannot be read.
+FETCHED = "the outputs that came back from the device"
 # A wrong axis, a lost branch or a broken kernel shows in the first answer; more would only make folders big.
 _SAMPLES = 4
 # Largest error in ratio to the largest answer. Float kernels of different runtimes add in different orders: 2e-6 was
@@ -51,8 +53,7 @@ def write_golden(form: Model, precision: Precision, samples: Samples, folder: Pa
 
     path = Path(form.path)
     run = Runner(exact_here(read_graph(path)) or path, is_optimized=False)
-    first = form.inputs[0].shape[0] if form.inputs and form.inputs[0].shape else 1
-    batch = first if isinstance(first, int) else 1
+    batch = inference_batch(form.inputs)
     count = max(batch, min(_SAMPLES, samples.count) // batch * batch)
     answers: dict[str, list[Any]] = {}
     for start in range(0, count, batch):
@@ -89,7 +90,7 @@ def replay(agent: Agent, transport: Transport, side: Side, golden: Golden, folde
 
 
 def _compared(found: dict[str, Any], golden: Golden, folder: Path, where: str) -> Fidelity:
-    expected = _tensors(folder / OUTPUTS)
+    expected = read_tensors(folder / OUTPUTS, f"{folder / OUTPUTS}", then="; compile again")
     if golden.max_relative is None:
         # One code more or less turns an index into any other: integers of an int8 model say nothing.
         indices = {name for name, values in expected.items() if values.dtype.kind != "f"}
@@ -101,7 +102,7 @@ def _compared(found: dict[str, Any], golden: Golden, folder: Path, where: str) -
         lambda _: expected, lambda _: found, [expected], names=(GOLDEN, where), sample_source="golden inputs"
     )
     for output in result.outputs:
-        noise = 0.0 if output.sqnr_db is None else 10 ** (-output.sqnr_db / 20)
+        noise = _noise(output.sqnr_db)
         is_far = golden.max_relative is not None and output.max_relative > golden.max_relative
         if is_far or (golden.max_noise is not None and noise > golden.max_noise):
             limit = (
@@ -175,7 +176,7 @@ def _answers(agent: Agent, transport: Transport, side: Side) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="edgedeploy-") as scratch:
         fetched = Path(scratch) / "answers.safetensors"
         visits.compute_outputs(agent, transport, side, fetched)
-        return _tensors(fetched)
+        return read_tensors(fetched, FETCHED)
 
 
 def _advice(runtime: Backend) -> str:
@@ -193,15 +194,29 @@ def _rows(values: Any, batch: int) -> Any:
 def _own_noise(form: Model) -> float:
     """Return how far the int8 form itself lies from fp32: noise in ratio to the signal, of its worst output."""
     written = [one for one in form.fidelity if one.candidate == "int8 as written"]
-    known = [output.sqnr_db for one in written[-1:] for output in one.outputs if output.sqnr_db is not None]
-    return max((10 ** (-one / 20) for one in known), default=0.0)
+    return max((_noise(output.sqnr_db) for one in written[-1:] for output in one.outputs), default=0.0)
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def _noise(sqnr_db: float | None) -> float:
+    """Return the root mean square of an error in ratio to the signal's; None: there is no error."""
+    return 0.0 if sqnr_db is None else float(10 ** (-sqnr_db / 20))
+
+
+def read_tensors(path: Path, what: str, *, then: str = "") -> dict[str, Any]:
+    """Read a safetensors file.
+
+    Args:
+        path: the file.
+        what: to call it in an error.
+        then: what to do about it.
+
+    Raises:
+        ModelError: it is not whole.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"the tensors in {path} cannot be read: {error}; compile again") from error
+        raise ModelError(f"{what} cannot be read: {error}{then}") from error

@@ -14,14 +14,14 @@ import edgedeploy
 from edgedeploy import golden
 from edgedeploy.backends import session_file, session_options
 from edgedeploy.build import Built, Progress
-from edgedeploy.errors import DeviceError, ModelError, UsageError, VisitFailed
+from edgedeploy.errors import DeviceError, UsageError, VisitFailed
 from edgedeploy.judge.scores import score
 from edgedeploy.lab import bundle, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import open_transport
 from edgedeploy.lab.transport import Transport
 from edgedeploy.lab.visits import DUET, Measured, Schedule, Side
-from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
+from edgedeploy.prepare.dataset import Samples, inference_batch, load_samples, random_samples
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.device import Device
 from edgedeploy.records.model import Fidelity
@@ -149,7 +149,7 @@ class _Session:
                 session_sha256=sha256_file(session),
                 options=session_options(artifact),
                 inputs_sha256=sha256_file(inputs),
-                batch=_batch(artifact),
+                batch=inference_batch(artifact.inputs),
             )
             self._states.append(_SideState(role, built, side, samples))
             files |= {side.session_sha256: session, side.artifact_sha256: built.file, side.inputs_sha256: inputs}
@@ -213,7 +213,7 @@ class _Session:
         with _outputs_folder() as folder:
             fetched = folder / "outputs.safetensors"
             answer = visits.compute_outputs(self._agent, self._transport, state.side, fetched, self._schedule)
-            chosen = _chosen_output(evaluation, artifact, _read_tensors(fetched))
+            chosen = _chosen_output(evaluation, artifact, golden.read_tensors(fetched, golden.FETCHED))
             fetched.replace(folder.parent / f"{answer.sha256}.safetensors")
         state.runtime, state.boundary = answer.runtime, answer.boundary
         scores = None if samples.labels is None else score(evaluation.metric, chosen, samples.labels)
@@ -231,7 +231,7 @@ class _Session:
     def _samples(self, artifact: Artifact) -> Samples:
         if self._request.evaluation is not None:
             return load_samples(self._request.evaluation.path, artifact.inputs)
-        return random_samples(artifact.inputs, _batch(artifact), self._request.seed)
+        return random_samples(artifact.inputs, inference_batch(artifact.inputs), self._request.seed)
 
     def runs(self) -> tuple[Run, ...]:
         """Return a run per side with everything that was measured until now."""
@@ -279,16 +279,6 @@ def _outputs_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _read_tensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"the outputs that came back from the device cannot be read: {error}") from error
-
-
 def _chosen_output(evaluation: Evaluation, artifact: Artifact, outputs: dict[str, Any]) -> Any:
     names = [spec.name for spec in artifact.outputs]
     if evaluation.output:
@@ -301,12 +291,6 @@ def _chosen_output(evaluation: Evaluation, artifact: Artifact, outputs: dict[str
             f"(output = in [evaluation], or --output-name)"
         )
     return next(iter(outputs.values()))
-
-
-def _batch(artifact: Artifact) -> int:
-    """Return a fixed batch as it is, a dynamic one as 1: latency at the edge is latency of one sample."""
-    first = artifact.inputs[0].shape[0] if artifact.inputs and artifact.inputs[0].shape else 1
-    return first if isinstance(first, int) else 1
 
 
 def _inputs_file(samples: Samples) -> Path:

@@ -31,7 +31,6 @@ from edgedeploy.arguments import (
 )
 from edgedeploy.backends import Backend
 from edgedeploy.build import (
-    MANIFEST,
     BuildRequest,
     Built,
     Progress,
@@ -146,7 +145,7 @@ def run(
             for cell in (baseline, candidate):
                 if cell.name not in built:
                     request = _request(release_file, release, cell, rebuild, trust_pickle)
-                    built[cell.name] = _built(request, progress)
+                    built[cell.name] = build(request, progress)
             session = MeasureRequest(
                 sides=((baseline.name, built[baseline.name]), (candidate.name, built[candidate.name])),
                 device_name=candidate.device,
@@ -239,12 +238,8 @@ def compile(
         trust_pickle=trust_pickle,
         rebuild=rebuild,
     )
-    built = _built(request, progress)
-    if output is None:
-        return built
-    delivered = deliver(built, output)
-    write_json(output / MANIFEST, delivered.artifact)
-    return delivered
+    built = build(request, progress)
+    return built if output is None else deliver(built, output)
 
 
 def sensitivity(
@@ -714,20 +709,6 @@ def _side_by_side(outcome: Outcome, absent: Sequence[Contender], notes: Mapping[
     return dataclasses.replace(outcome, verdict=msgspec.structs.replace(verdict, cells=cells, contenders=rows))
 
 
-def _built(request: BuildRequest, progress: Progress) -> Built:
-    """Build, and say in one line and in the artifact's notes where the precision is no gain on the target."""
-    from edgedeploy.judge.advice import int8_advice
-
-    advice = int8_advice(this_target(request.target), request.backend) if request.precision == "int8" else ""
-    if advice:
-        progress(f"{request.name}: {advice}")
-    built = build(request, progress)
-    if not advice or advice in built.artifact.notes:
-        return built
-    noted = msgspec.structs.replace(built.artifact, notes=(*built.artifact.notes, advice))
-    return dataclasses.replace(built, artifact=noted)
-
-
 def _with_problems(outcome: Outcome, problems: Sequence[CellVerdict]) -> Outcome:
     """Add the cells without a judgement to a verdict, which then cannot be PASS."""
     from edgedeploy.judge.gate import combine
@@ -888,7 +869,7 @@ class _Comparing:
             return
         for precision in allowed_precisions(self.target, state):
             try:
-                built = _built(dataclasses.replace(self.request, backend=backend, precision=precision), self.progress)
+                built = build(dataclasses.replace(self.request, backend=backend, precision=precision), self.progress)
             except (ModelError, ToolchainError) as error:
                 self._fail(backend, precision, error)
             except UsageError as error:

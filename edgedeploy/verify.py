@@ -20,7 +20,7 @@ from edgedeploy.errors import ModelError, UsageError
 from edgedeploy.golden import answers_here
 from edgedeploy.judge import metrics as judge
 from edgedeploy.judge.metrics import MetricChoice, Scored, metric_from_text
-from edgedeploy.prepare.dataset import Samples, load_samples, random_samples
+from edgedeploy.prepare.dataset import Samples, inference_batch, load_samples, random_samples
 from edgedeploy.prepare.fidelity import compare
 from edgedeploy.prepare.identity import source_identity
 from edgedeploy.records.model import Fidelity, Model, TensorSpec
@@ -339,8 +339,7 @@ def _in_a_process(request: VerifyRequest, built: Built, samples: Samples) -> Run
         nonlocal done
         rows = len(next(iter(batch.values())))
         if not made:
-            first = built.artifact.inputs[0].shape[0] if built.artifact.inputs[0].shape else 1
-            size = first if isinstance(first, int) else 1
+            size = inference_batch(built.artifact.inputs)
             count = min(samples.count, request.samples or samples.count) // size * size
             with tempfile.TemporaryDirectory(prefix="edgedeploy-") as folder:
                 inputs = Path(folder) / "inputs.safetensors"

@@ -90,6 +90,12 @@ class Samples:
         return sum(digest in theirs for digest in _digests(self))
 
 
+def inference_batch(inputs: Sequence[TensorSpec]) -> int:
+    """Return a fixed batch as it is, a dynamic one as 1: latency at the edge is latency of one sample."""
+    first = inputs[0].shape[0] if inputs and inputs[0].shape else 1
+    return first if isinstance(first, int) else 1
+
+
 def load_samples(path: Path, inputs: Sequence[TensorSpec]) -> Samples:
     """Open a data set and check it against a model's inputs.
 
