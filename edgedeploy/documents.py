@@ -115,7 +115,8 @@ def complaint(error: Exception, kind: Any) -> str:
     if (match := _INVALID_CHOICE.match(what)) and choices:
         given = match["given"]
         likely = closest(given.strip("'"), choices)
-        return f"{given} is not known{likely} (known: {', '.join(choices)})"
+        shown = [one or "''" for one in choices]
+        return f"{given} is not known{likely} (known: {', '.join(shown)})"
     return what[0].lower() + what[1:]
 
 

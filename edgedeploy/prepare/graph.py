@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, NDArray[Any]]
 
+# How ONNX Runtime names an operator of a domain that it has nothing of, and its version.
+_UNKNOWN_OPERATOR = re.compile(r"(?P<name>[\w.]*:?\w+)\(-?\d+\) is not a registered function/op")
 # protobuf cannot serialise more into one message.
 MAX_FILE_BYTES = 2**31 - 1
 # The file format's own version: 8 goes with opset 18 and is read by ONNX Runtime 1.14 and later (JetPack 5 has 1.16).
@@ -276,6 +279,11 @@ class Runner:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has one exception class for each status code, and none in common
             what = model.name if isinstance(model, Path) else "the model"
+            if unknown := _UNKNOWN_OPERATOR.search(str(error)):
+                raise ModelError(
+                    f"{what} has the operator {unknown['name']}, which is neither ONNX's nor one that ONNX Runtime "
+                    f"brings; replace it in the model by standard operators"
+                ) from error
             raise ModelError(f"ONNX Runtime cannot load {what}: {error}") from error
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
 

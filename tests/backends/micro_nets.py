@@ -727,6 +727,22 @@ NETS: dict[str, Net] = {
     # arithmetic
     "residual_relu6": _net("an inverted bottleneck with ReLU6 and a sum", Residual, IMAGE),
     "residual_relu": _net("a ResNet block whose ReLU follows the sum", ResidualRelu, IMAGE),
+    "residual_relu_chain": _net(
+        "the same, then a convolution, for which the clamped sum stays on integers",
+        lambda: nn.Sequential(ResidualRelu(), _conv(8, 5, padding=1)),
+        IMAGE,
+    ),
+    "larger_and_smaller": _net(
+        "the larger and the smaller of two maps, then convolutions",
+        lambda: Calls(
+            lambda net, x: net.high(torch.maximum(net.a(x), net.b(x))) + net.low(torch.minimum(net.a(x), net.b(x))),
+            a=_conv(3, 8, padding=1),
+            b=_conv(3, 8, padding=1),
+            high=_conv(8, 5, 1),
+            low=_conv(8, 5, 1),
+        ),
+        IMAGE,
+    ),
     "broadcast_multiply": _net(
         "products that spread over other axes",
         lambda: _on_maps(

@@ -17,11 +17,12 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("_tools", reason="MNN is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from edgedeploy import pipeline  # noqa: E402
 from edgedeploy.backends import parse_options  # noqa: E402
 from edgedeploy.backends.mnn import BACKEND, Options, contents, conversion, parameters, report, rewrites  # noqa: E402
 from edgedeploy.backends.mnn.contents import read_contents  # noqa: E402
 from edgedeploy.backends.qdq import read_form  # noqa: E402
-from edgedeploy.errors import CompileError, UsageError  # noqa: E402
+from edgedeploy.errors import CompileError, FidelityError, UsageError  # noqa: E402
 from edgedeploy.prepare.count.compression import compression_report  # noqa: E402
 from edgedeploy.prepare.graph import specs_of  # noqa: E402
 from edgedeploy.records.model import Model  # noqa: E402
@@ -326,6 +327,8 @@ CASES = {
     "multiplier": ("Conv", {"group": 4, "strides": [2, 2]}, weights(12, 1, 3, 3), (1, 4, 9, 7)),
     "line": ("Conv", {"pads": [2, 1], "strides": [2]}, weights(5, 6, 4), (1, 6, 15)),
     "pool": ("MaxPool", {"kernel_shape": [3], "strides": [2]}, None, (1, 6, 15)),
+    "maximum without strides": ("MaxPool", {"kernel_shape": [3, 3]}, None, (1, 3, 5, 4)),
+    "mean without strides": ("AveragePool", {"kernel_shape": [3, 2]}, None, (1, 3, 5, 4)),
     "mish": ("Mish", {}, None, (1, 3, 5, 4)),
     "bicubic": ("Resize", {"mode": "cubic", "cubic_coeff_a": -0.75}, np.array([1, 3, 13, 4], np.int64), (1, 3, 6, 7)),
 }
@@ -384,6 +387,105 @@ def test_what_mnn_computes_wrongly_on_integers_stays_exact(kind, tmp_path):
     made, exact = on_mnn(file, feeds, tmp_path)["y"].ravel(), on_onnxruntime(program, feeds)["y"].ravel()
     assert made @ exact / np.linalg.norm(made) / np.linalg.norm(exact) > 0.995
     assert "Convolution last" in BACKEND.inspect(file).quantized
+
+
+# Arithmetic, what follows it, zero-point of the result, and whether MNN may compute it on integers.
+ARITHMETIC = {
+    "symmetric sum": ("Add", "Relu", 0, True),
+    "clipped sum": ("Add", "Clip", -128, True),
+    "sum": ("Add", "Relu", -128, False),
+    "product": ("Mul", "Relu", 20, False),
+    "pooled sum": ("Add", "MaxPool of Relu", -128, False),
+    "larger": ("Max", "", 0, False),
+    "smaller and clipped": ("Min", "Clip", 0, False),
+    "quotient": ("Div", "", 0, False),
+}
+
+
+@pytest.mark.parametrize("case", ARITHMETIC)
+def test_arithmetic_between_rounded_tensors_is_right_whatever_the_zero_points(case, tmp_path):
+    op, then, zero_point, is_on_integers = ARITHMETIC[case]
+    rng = np.random.default_rng(2)
+    nodes, constants = [], {"low": np.float32(-0.3), "high": np.float32(1.5)} if then == "Clip" else {}
+
+    def rounded(name, scale, zero_point, source=""):
+        more, values = pair(name, source or f"{name}/float", scale, zero_point)
+        constants.update(values)
+        nodes.extend(more)
+
+    for name, shape in (("v", (4, 3, 3, 3)), ("w", (4, 3, 3, 3)), ("last", (2, 4, 1, 1))):
+        more, values = stored(name, rng.integers(-127, 128, shape), np.full(shape[0], 0.002, np.float32))
+        nodes += more
+        constants |= values
+    rounded("x/q", 0.02, -5, "x")
+    for name, kernel, point in (("left", "v", 7), ("right", "w", 11)):
+        nodes.append(helper.make_node("Conv", ["x/q", kernel], [f"{name}/float"], name=name, pads=[1] * 4))
+        rounded(name, 0.03, point)
+    steps = [(op, ["left", "right"], {})]
+    steps += [("Relu", ["made 0"], {})] if "Relu" in then else []
+    steps += [("Clip", ["made 0", "low", "high"], {})] if then == "Clip" else []
+    steps += [("MaxPool", ["made 1"], {"kernel_shape": [3, 3], "pads": [1] * 4})] if "MaxPool" in then else []
+    for place, (kind, read, settings_) in enumerate(steps):
+        result = "a/float" if kind == steps[-1][0] else f"made {place}"
+        nodes.append(helper.make_node(kind, read, [result], name=kind, **settings_))
+    rounded("a", 0.03, zero_point)
+    nodes.append(helper.make_node("Conv", ["a", "last"], ["y/float"], name="last"))
+    rounded("y", 0.03, 9)
+    program = graph_of(nodes, constants, source=(1, 3, 8, 6))
+    file, feeds = compiled(program, tmp_path), {"x": image(1, 3, 8, 6)}
+    made, exact = on_mnn(file, feeds, tmp_path)["y"], on_onnxruntime(program, feeds)["y"]
+    assert np.abs(made - exact).max() < 1.01 * 0.03  # one code
+    seen = BACKEND.inspect(file)
+    assert "Convolution last" in seen.quantized
+    assert any(label.startswith("BinaryOp") for label in seen.quantized) == is_on_integers
+
+
+def summed_then_averaged(size):
+    """Return two convolutions, their sum, its mean over the map and a last convolution, all rounded."""
+    rng = np.random.default_rng(2)
+    nodes, constants = [], {}
+
+    def rounded(name, scale, source=""):
+        more, values = pair(name, source or f"{name}/float", scale)
+        constants.update(values)
+        nodes.extend(more)
+
+    for name, shape in (("v", (6, 3, 3, 3)), ("w", (6, 3, 3, 3)), ("last", (2, 6, 1, 1))):
+        more, values = stored(name, rng.integers(-127, 128, shape), np.full(shape[0], 0.002, np.float32))
+        nodes += more
+        constants |= values
+    rounded("x/q", 0.02, "x")
+    for name, kernel in (("left", "v"), ("right", "w")):
+        nodes.append(helper.make_node("Conv", ["x/q", kernel], [f"{name}/float"], name=name, pads=[1] * 4))
+        rounded(name, 0.03)
+    nodes.append(helper.make_node("Add", ["left", "right"], ["sum/float"], name="sum"))
+    rounded("sum", 0.04)
+    nodes.append(helper.make_node("GlobalAveragePool", ["sum"], ["mean/float"], name="mean"))
+    rounded("mean", 0.004)
+    nodes.append(helper.make_node("Conv", ["mean", "last"], ["y/float"], name="last"))
+    rounded("y", 0.0005)
+    return graph_of(nodes, constants, source=(1, 3, *size), outputs=("y",))
+
+
+@pytest.mark.parametrize("most", [1024, 47], ids=["kept", "too large"])
+def test_trained_scale_of_a_sum_that_only_a_mean_reads_is_kept_or_named(most, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(rewrites, "_MOST_PIXELS", most)
+    program = summed_then_averaged((8, 6))
+    onnx.save(program, tmp_path / "trained.onnx")
+    asked = {"backend": "mnn", "precision": "int8", "target": "x86-64"}
+    if most < 8 * 6:
+        with pytest.raises(FidelityError, match=r"are dropped: '\S*sum\S*' \(activation, artifact\); .* --allow-loss"):
+            pipeline.compile(tmp_path / "trained.onnx", **asked)
+        return
+    built = pipeline.compile(tmp_path / "trained.onnx", **asked)
+    layers = built.artifact.layers
+    assert (float(np.float32(0.04)),) in [scales for name, scales in layers.scales.items() if name.startswith("sum")]
+    assert layers.float_islands == ()
+    assert {fate for entry in built.artifact.survival.entries for fate in entry.stages.values()} <= {"kept", "folded"}
+    feeds = {"x": image(1, 3, 8, 6)}
+    made, exact = on_mnn(built.file, feeds, tmp_path)["y"], on_onnxruntime(program, feeds)["y"]
+    assert np.abs(made - exact).max() <= 2.01 * 0.0005  # codes: one of the mean's, which weighs up to two
 
 
 # ---------------------------------------------------------------- what is refused
@@ -482,14 +584,17 @@ def test_empty_model_that_the_converter_calls_a_success_is_refused(plain, tmp_pa
     data = compiled(other, tmp_path).read_bytes()
     from edgedeploy.backends.mnn import _demand_whole
 
+    model = model_of(plain, tmp_path)
     with pytest.raises(CompileError, match="its converter lost the output 'y'"):
-        _demand_whole(model_of(plain, tmp_path), data)
+        _demand_whole(model, rewrites.prepare(read_form(Path(model.path))), data)
 
 
 def test_options_are_checked():
     assert parse_options(Options, {"precision": "low", "threads": 2}) == Options(threads=2, precision="low")
-    with pytest.raises(UsageError, match="not valid"):
+    with pytest.raises(UsageError, match=r"'lowest' is not known; did you mean \"low\"\? .known: high, normal, low"):
         parse_options(Options, {"precision": "lowest"})
+    with pytest.raises(UsageError, match="-O threads=two is not valid: expected `int`, got `str`"):
+        parse_options(Options, {"threads": "two"})
 
 
 # ---------------------------------------------------------------- the converter's package must stay by itself

@@ -16,12 +16,13 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from edgedeploy.backends import parse_options  # noqa: E402
 from edgedeploy.backends.qdq import StoredWeights, read_form  # noqa: E402
 from edgedeploy.backends.tflite import BACKEND, TOOLS, Options  # noqa: E402
 from edgedeploy.backends.tflite.constants import KnownWeights  # noqa: E402
-from edgedeploy.backends.tflite.conversion import _match, convert, with_batch  # noqa: E402
+from edgedeploy.backends.tflite.conversion import _match, _named_in, convert, with_batch  # noqa: E402
 from edgedeploy.backends.tflite.flatbuffer import read  # noqa: E402
-from edgedeploy.errors import CompileError, ToolchainError  # noqa: E402
+from edgedeploy.errors import CompileError, ToolchainError, UsageError  # noqa: E402
 
 SHAPE = (3, 3, 10, 14)
 
@@ -326,6 +327,17 @@ def test_what_kernels_keep_for_themselves_is_no_tensor_of_the_file(built):
     graph, values = read(built["fp32"][1]), np.float32([1, 2, 3])
     places = _match({"a": values, "b": values + 1}, {2: values[::-1], len(graph.tensors): values}, graph)
     assert places == {"a": (2,), "b": ()}
+
+
+def test_a_layout_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(UsageError, match=r"'NHCW' is not known; did you mean \"NCHW\"\? \(known: '', NCHW\)"):
+        parse_options(Options, {"keep_layout": "NHCW"})
+
+
+def test_an_error_names_a_node_only_where_it_names_it_whole():
+    nodes = [helper.make_node("Cast", ["x"], ["n"], name="count"), helper.make_node("Loop", ["n"], ["y"], name="loop")]
+    assert _named_in("needs max_trip_count. node=loop", nodes).name == "loop"
+    assert _named_in("needs max_trip_count", nodes) is None
 
 
 def test_keep_layout_keeps_the_models_axes(tmp_path, feeds):

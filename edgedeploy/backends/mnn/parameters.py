@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedeploy.backends.mnn.contents import Contents, Operator, Weights, read_contents
-from edgedeploy.backends.mnn.rewrites import Prepared, Product
+from edgedeploy.backends.mnn.rewrites import Prepared, Product, signed_shift
 from edgedeploy.backends.qdq import StoredWeights
 from edgedeploy.errors import CompileError
 from edgedeploy.records.model import TensorSpec
@@ -72,7 +72,7 @@ def _integer_layer(contents: Contents, operator: Operator, product: Product, gri
 
 
 def _range(name: str, grid: Grid) -> dict[str, Any]:
-    shift = _shift(grid)
+    shift = signed_shift(grid)
     return {
         "name": name,
         "bits": 8,
@@ -81,11 +81,6 @@ def _range(name: str, grid: Grid) -> dict[str, Any]:
         "clampMin": grid.low_code - shift,
         "clampMax": grid.high_code - shift,
     }
-
-
-def _shift(grid: Grid) -> int:
-    """Return what is subtracted from the codes of a grid so that they are signed."""
-    return _CODES if grid.high_code >= _CODES else 0
 
 
 def _row_scales(stored: StoredWeights) -> NDArray[np.float32]:
@@ -192,7 +187,7 @@ def _demand_ranges(contents: Contents, operator: Operator, product: Product, gri
         found, wanted = contents.grids.get(index), grids[name]
         if found is None or found.scale != np.float32(wanted.scale):
             raise _changed(product, f"lost the scale of {name!r}")
-        if found.zero_point != wanted.zero_point - _shift(wanted):
+        if found.zero_point != wanted.zero_point - signed_shift(wanted):
             raise _changed(product, f"lost the zero-point of {name!r}")
 
 

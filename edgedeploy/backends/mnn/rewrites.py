@@ -24,6 +24,17 @@ REFUSED: Mapping[str, str] = {
     "Unique": "MNN returns the values in another order than ONNX says; sort or count them outside of the model",
 }
 _CLAMPS = ("Relu", "Clip")
+# What becomes one kind of operator there, into which a Relu that follows is merged; right on integers, and not.
+_RIGHT_ARITHMETIC = ("Add", "Sub", "Mul")
+_WRONG_ARITHMETIC = ("Max", "Min", "Div", "Pow", "Mod")
+# What hands the grid of its result on to what it reads.
+_PASSES = (
+    *_CLAMPS, "LeakyRelu", "PRelu", "MaxPool", "Concat", "Slice",
+    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze",
+)  # fmt: skip
+_CODES = 128
+# 255 * 127 * 1,024 stays far below 2^31, in which products are added up.
+_MOST_PIXELS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +85,13 @@ class Prepared:
     tensors: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(form: Form, *, weights_only: bool = False) -> Prepared:
+def prepare(form: Form, *, weights_only: bool = False, keeps_scales: bool = False) -> Prepared:
     """Return the graph that is converted.
 
     Args:
         form: the model.
         weights_only: forget how activations are rounded.
+        keeps_scales: every scale was trained, and has to be in the file.
 
     Raises:
         CompileError: an operator that MNN would convert wrongly.
@@ -91,6 +103,8 @@ def prepare(form: Form, *, weights_only: bool = False) -> Prepared:
         draft.quantized.clear()
     _demand_convertible(draft.graph)
     _clean(draft.graph)
+    if keeps_scales:
+        _means_as_convolutions(draft)
     for rewrite in _REWRITES:
         rewrite(draft)
     draft.products = _products(draft)
@@ -379,29 +393,40 @@ def _as_rows(node: NodeProto, stored: StoredWeights) -> StoredWeights:
     return StoredWeights(np.ascontiguousarray(stored.codes.T), stored.scales, axis, stored.zero_points, stored.block)
 
 
+def signed_shift(grid: Grid) -> int:
+    """Return what is subtracted from the codes of a grid so that they are signed, as they all are in MNN."""
+    return _CODES if grid.high_code >= _CODES else 0
+
+
 def _keep_from_integers(draft: Prepared) -> None:
-    """Keep pools, running sums and resizes from integers where MNN computes them wrongly.
+    """Keep pools, running sums, resizes and some arithmetic from integers where MNN computes them wrongly.
 
     It computes them on integers wherever a neighbour does. The maximum of negative integers comes out wrong on x86
     (cosine 0.2 to the right answer). A mean over a whole map is rounded to the grid of the map, of which it often spans
     a few steps. An interpolation whose sides have two scales gives codes of one as if they were of the other (off by up
-    to a quarter of the range). A product with 1 is computed in float, and stops that.
+    to a quarter of the range). Maxima and minima of two tensors are wrong (cosine 0.6), quotients and powers off by
+    half of the range; a Relu merged into a sum, a difference or a product clips at code 0 instead of at the zero-point
+    (cosine 0.5 to 0.9). A product with 1 is computed in float, and stops that.
     """
     from onnx import helper
 
     made: dict[int, list[NodeProto]] = {}
     producers = {name: node for node in draft.graph.graph.node for name in node.output}
+    consumers = _consumers(draft.graph)
     for index, node in enumerate(draft.graph.graph.node):
-        sides = (
-            _float_sides(node, producers, draft) if draft.activations.keys() & {node.input[0], node.output[0]} else ""
-        )
+        if _goes_wrong(node, producers, _grids_behind(node, consumers, draft)):
+            sides = "result"
+        elif draft.activations.keys() & {*node.input[:1], node.output[0]}:
+            sides = _float_sides(node, producers, draft)
+        else:
+            continue
         if not sides:
             continue
         result = node.output[0]
         one = _add_constant(draft, f"{result}/one", np.ones((), np.float32))
         inner = _copy(node)
         nodes = [inner]
-        if result in draft.activations:
+        if sides == "result" or result in draft.activations:
             inner.output[0] = f"{result}/float"
             nodes.append(helper.make_node("Mul", [inner.output[0], one], [result], name=f"{node.name}/keep float"))
         if sides == "both":
@@ -420,11 +445,44 @@ def _float_sides(node: NodeProto, producers: Mapping[str, NodeProto], draft: Pre
     if node.op_type == "MaxPool":
         grid = draft.activations.get(node.input[0])
         has_no_negative_codes = (
-            grid is not None and grid.zero_point >= 0 and _is_never_negative(node.input[0], producers)
+            grid is not None and grid.zero_point >= signed_shift(grid) and _is_never_negative(node.input[0], producers)
         )
         return "" if has_no_negative_codes else "both"
     is_interpolation = node.op_type == "Resize" and _attributes(node).get("mode", b"nearest") != b"nearest"
     return "result" if is_interpolation else ""
+
+
+def _consumers(graph: ModelProto) -> dict[str, list[NodeProto]]:
+    found: dict[str, list[NodeProto]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _grids_behind(node: NodeProto, consumers: Mapping[str, list[NodeProto]], draft: Prepared) -> list[Grid]:
+    """Return the grids that MNN may compute a node on: its result's, or one that is handed back to it."""
+    found: list[Grid] = []
+    waiting, seen = [str(name) for name in node.output], set[str]()
+    while waiting:
+        tensor = waiting.pop()
+        if tensor in seen:
+            continue
+        seen.add(tensor)
+        if tensor in draft.activations:
+            found.append(draft.activations[tensor])
+            continue
+        waiting += [out for reader in consumers.get(tensor, ()) if reader.op_type in _PASSES for out in reader.output]
+    return found
+
+
+def _goes_wrong(node: NodeProto, producers: Mapping[str, NodeProto], grids: list[Grid]) -> bool:
+    """Whether a node is arithmetic whose integers come out wrong on these grids."""
+    if node.op_type in _WRONG_ARITHMETIC:
+        return bool(grids)
+    maker = producers.get(node.input[0]) if node.input else None
+    is_merged = node.op_type == "Relu" and maker is not None and maker.op_type in _RIGHT_ARITHMETIC
+    return is_merged and any(grid.zero_point != signed_shift(grid) for grid in grids)
 
 
 def _is_never_negative(tensor: str, producers: Mapping[str, NodeProto]) -> bool:
@@ -432,6 +490,60 @@ def _is_never_negative(tensor: str, producers: Mapping[str, NodeProto]) -> bool:
     while node is not None and node.op_type in ("MaxPool", "Reshape", "Transpose"):
         node = producers.get(node.input[0])
     return node is not None and node.op_type in ("Relu", "Sigmoid", "Softmax", "HardSigmoid")
+
+
+def _means_as_convolutions(draft: Prepared) -> None:
+    """Write means over a whole map as depthwise convolutions where the scale of the map would be lost otherwise.
+
+    A file has the scales of what convolutions read and make, and no others: that of a sum which only a mean reads is
+    nowhere, and both are computed in float. With codes of 127 and one scale, the products add up to the mean exactly.
+    """
+    from onnx import helper
+
+    constants, shapes = _constants(draft.graph), _shapes(draft.graph)
+    kept = {
+        tensor
+        for node in draft.graph.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.name in draft.quantized
+        for tensor in (node.input[0], _behind_clamp(draft, node.output[0]))
+    }
+    made: dict[int, list[NodeProto]] = {}
+    for index, node in enumerate(draft.graph.graph.node):
+        if not _is_mean_of_maps(node, constants) or node.input[0] in kept:
+            continue
+        shape = shapes.get(node.input[0], ())
+        if not {node.input[0], node.output[0]} <= draft.activations.keys() or len(shape) != 4:
+            continue
+        channels, height, width = shape[1:]
+        if channels is None or height is None or width is None or height * width > _MOST_PIXELS:
+            continue
+        name = f"{node.output[0]}/mean"
+        codes = np.full((channels, 1, height, width), _CODES - 1, np.int8)
+        scales = np.full(channels, 1 / ((_CODES - 1) * height * width), np.float32)
+        _add_constant(draft, name, codes * scales.reshape(-1, 1, 1, 1))
+        draft.weights[name] = StoredWeights(codes, scales, 0, np.zeros(channels, np.int32))
+        read = [node.input[0], name]
+        made[index] = [helper.make_node("Conv", read, [node.output[0]], name=node.name, group=channels)]
+        draft.quantized.add(node.name)
+    _replace_nodes(draft, made)
+
+
+def _is_mean_of_maps(node: NodeProto, constants: Mapping[str, NDArray[Any]]) -> bool:
+    if node.op_type != "ReduceMean":
+        return node.op_type == "GlobalAveragePool"
+    settings = _attributes(node)
+    axes = constants.get(node.input[1]) if len(node.input) > 1 else settings.get("axes")
+    return axes is not None and settings.get("keepdims", 1) == 1 and {int(axis) % 4 for axis in axes} == {2, 3}
+
+
+def _explicit_strides(draft: Prepared) -> None:
+    """Write the strides of pools that leave them at 1: MNN takes them for 0, and divides by them."""
+    from onnx import helper
+
+    for node in draft.graph.graph.node:
+        settings = _attributes(node)
+        if node.op_type in ("MaxPool", "AveragePool", "LpPool") and "strides" not in settings:
+            node.attribute.append(helper.make_attribute("strides", [1] * len(settings["kernel_shape"])))
 
 
 def _flat_convolutions(draft: Prepared) -> None:
@@ -586,6 +698,7 @@ def _interpolation(
 
 # In this order: what one writes another may rewrite.
 _REWRITES = (
+    _explicit_strides,
     _without_functions,
     _resizes_as_products,
     _flat_convolutions,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -316,7 +317,10 @@ def _last_lines(log: Path) -> str:
 
 def _named_in(text: str, nodes: Iterable[NodeProto]) -> NodeProto | None:
     """Return the node whose name an error mentions, the longest where several fit."""
-    named: list[NodeProto] = [node for node in nodes if node.name and node.name in text]
+    whole = r"(?<![\w./]){}(?![\w/])"  # "count" is not named where "max_trip_count" is
+    named: list[NodeProto] = [
+        node for node in nodes if node.name and re.search(whole.format(re.escape(node.name)), text)
+    ]
     return max(named, key=lambda node: len(node.name), default=None)
 
 

@@ -95,8 +95,8 @@ def demand_survival(report: SurvivalReport) -> None:
     more = f" and {len(dropped) - _NAMED} more" if len(dropped) > _NAMED else ""
     raise FidelityError(
         f"{len(dropped)} of {len(report.entries)} scales that the model came with are dropped: {named}{more}; the "
-        f"layers around them would compute in float or with other numbers. Choose a target whose rules keep them, or "
-        f"allow the change"
+        f"layers around them would compute in float or with other numbers; build for another back end, or for a target "
+        f"whose rules keep them, or accept the change with --allow-loss"
     )
 
 
