@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgedeploy.records.artifact import Artifact
+from edgedeploy.records.device import DeviceFacts
 from edgedeploy.records.model import Model, OutputFidelity
 from edgedeploy.records.run import Conditions, Run, Visit
 from edgedeploy.records.verdict import CellVerdict, Finding, Metric, Verdict
@@ -182,33 +183,80 @@ def _text(number: float | None, text: Callable[[float], str]) -> str:
 def condition_facts(run: Run) -> list[tuple[str, str]]:
     """Return the conditions before and after all of a run's visits: label and the range that was seen."""
     moments = [moment for visit in run.visits for moment in (visit.before, visit.after)]
-
-    def span(numbers: Iterable[float | None], text: Callable[[float], str]) -> str:
-        known = [number for number in numbers if number is not None]
-        if not known:
-            return NOT_AVAILABLE
-        low, high = text(min(known)), text(max(known))
-        return low if low == high else f"{low} – {high}"
-
     clocks_hz = [clock for moment in moments for clock in moment.cpu_clocks_hz or ()]
     hottest = [max((moment.temperatures_celsius or {}).values(), default=None) for moment in moments]
     governors = {governor for moment in moments for governor in moment.governors or ()}
     return [
         ("governor", ", ".join(sorted(governors)) or NOT_AVAILABLE),
-        ("core clocks", span(clocks_hz, lambda clock: f"{clock / 1e9:.2f} GHz")),
-        ("hottest sensor", span(hottest, lambda celsius: f"{celsius:.0f} °C")),
+        ("core clocks", _span(clocks_hz, _gigahertz)),
+        ("hottest sensor", _span(hottest, lambda celsius: f"{celsius:.0f} °C")),
         ("throttled", _throttled(moments)),
-        ("load average, 1 min", span((moment.load_1min for moment in moments), "{:.2f}".format)),
-        ("cores taken by others", span((visit.foreign_load for visit in run.visits), "{:.2f}".format)),
-        ("free memory", span((moment.free_memory_bytes for moment in moments), format_bytes)),
+        ("load average, 1 min", _span((moment.load_1min for moment in moments), "{:.2f}".format)),
+        ("cores taken by others", _span((visit.foreign_load for visit in run.visits), "{:.2f}".format)),
+        ("free memory", _span((moment.free_memory_bytes for moment in moments), format_bytes)),
+        *_board_facts(moments),
     ]
+
+
+def _span(numbers: Iterable[float | None], text: Callable[[float], str]) -> str:
+    """Return least and greatest of the known numbers, as one where they read alike."""
+    known = [number for number in numbers if number is not None]
+    if not known:
+        return NOT_AVAILABLE
+    low, high = text(min(known)), text(max(known))
+    return low if low == high else f"{low} – {high}"
+
+
+def _gigahertz(hertz: float) -> str:
+    return f"{hertz / 1e9:.2f} GHz"
+
+
+def _board_facts(moments: Sequence[Conditions]) -> list[tuple[str, str]]:
+    """Return what boards with sensors of their own say; a row that no moment knows is left out."""
+    modes = sorted({one_line(moment.power_mode) for moment in moments if moment.power_mode})
+    fixed = [moment.clocks_fixed for moment in moments if moment.clocks_fixed is not None]
+    rails = sorted({rail for moment in moments for rail in moment.rails_w or ()})
+    rows = [
+        ("power mode", ", ".join(modes) or NOT_AVAILABLE),
+        ("clocks fixed", ("yes" if all(fixed) else "no") if fixed else NOT_AVAILABLE),
+        ("GPU clock", _span((moment.gpu_clock_hz for moment in moments), _gigahertz)),
+        ("memory clock", _span((moment.emc_clock_hz for moment in moments), _gigahertz)),
+    ]
+    for rail in rails:
+        watts = [(moment.rails_w or {}).get(rail) for moment in moments]
+        rows.append((f"power of {one_line(rail)}", _span(watts, lambda power: f"{power:.1f} W")))
+    rows.append(("fan", _span((moment.fan_rpm for moment in moments), lambda turns: f"{turns:.0f} rpm")))
+    return [(label, text) for label, text in rows if text != NOT_AVAILABLE]
+
+
+def gpu_facts(facts: DeviceFacts) -> list[tuple[str, str]]:
+    """Return what a device has for TensorRT; a row that nothing is known of is left out."""
+    jetpack = " ".join(part for part in (facts.jetpack, f"(Jetson Linux {facts.l4t})" if facts.l4t else "") if part)
+    gpus = [
+        f"{gpu.name} (sm_{gpu.compute_capability.replace('.', '')})" if gpu.compute_capability else gpu.name
+        for gpu in facts.gpus
+    ]
+    pythons = sorted({one.python or "an unknown Python" for one in facts.tensorrt_bindings})
+    bindings = f"bindings for Python {', '.join(pythons)}" if pythons else ""
+    rows = [
+        ("JetPack", jetpack),
+        ("GPU", ", ".join(gpus)),
+        ("GPU driver", facts.gpu_driver),
+        ("CUDA", facts.cuda if facts.gpus else ""),
+        ("TensorRT", ", ".join(part for part in (facts.tensorrt, bindings) if part)),
+    ]
+    return [(label, one_line(text)) for label, text in rows if text]
 
 
 def _throttled(moments: Sequence[Conditions]) -> str:
     known = [moment.throttled for moment in moments if moment.throttled is not None]
     if not known:
         return NOT_AVAILABLE
-    return f"yes, in {sum(known)} of {count(len(known), 'look')}" if any(known) else "no"
+    if not any(known):
+        return "no"
+    names = sorted({one_line(reason) for moment in moments for reason in moment.throttle_reasons or ()})
+    text = f"yes, in {sum(known)} of {count(len(known), 'look')}"
+    return f"{text} ({', '.join(names)})" if names else text
 
 
 def boundary_text(run: Run) -> str:
