@@ -6,19 +6,27 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from edgedeploy.backends import load_backends
+import msgspec
+
+from edgedeploy.backends import backend, load_backends
 from edgedeploy.build import Progress, this_target
 from edgedeploy.documents import read_toml
 from edgedeploy.errors import EdgedeployError
-from edgedeploy.lab import bundle
+from edgedeploy.lab import builders, bundle, nvidia
+from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.lab.inventory import lab_path, load_lab, open_transport
+from edgedeploy.lab.transport import LocalTransport, Transport
 from edgedeploy.prepare.identity import installed_version
 from edgedeploy.records.device import Device, DeviceFacts
 from edgedeploy.records.target import FORMAT, Target, target_files
-from edgedeploy.storage import cache_dir
+from edgedeploy.storage import cache_dir, sha256_file
+
+# For reading files and starting an interpreter.
+FACTS_TIMEOUT_S = 30.0
 
 
 def targets() -> dict[str, Target]:
@@ -36,12 +44,25 @@ def device(name: str, lab: Path | None) -> Device:
     return device_of(load_lab(lab_path(lab)), name)
 
 
-def check_devices(
-    names: Sequence[str], lab: Path | None, progress: Progress
-) -> list[tuple[str, DeviceFacts | None, str]]:
-    """Reach each device, start the runner, and return (name, facts or None, what went wrong)."""
+@dataclass(frozen=True, slots=True)
+class DeviceCheck:
+    """What came of reaching a device.
+
+    Attributes:
+        facts: None when it could not be reached; `problem` then says why.
+        findings: what it has for TensorRT and lacks; empty where nothing of NVIDIA's is there.
+    """
+
+    name: str
+    facts: DeviceFacts | None
+    problem: str = ""
+    findings: tuple[nvidia.Finding, ...] = ()
+
+
+def check_devices(names: Sequence[str], lab: Path | None, progress: Progress) -> list[DeviceCheck]:
+    """Reach each device, start the runner, and say what is there."""
     known = devices(lab)
-    checks: list[tuple[str, DeviceFacts | None, str]] = []
+    checks: list[DeviceCheck] = []
     for name in names or tuple(known):
         entry = device(name, lab)
         progress(f"{name}: reaching")
@@ -50,10 +71,39 @@ def check_devices(
                 open_transport(name, entry) as transport,
                 bundle.connect(transport, entry, device_name=name) as agent,
             ):
-                checks.append((name, agent.facts, ""))
+                checks.append(DeviceCheck(name, agent.facts, findings=_nvidia_findings(transport, agent)))
         except EdgedeployError as error:
-            checks.append((name, None, str(error)))
+            checks.append(DeviceCheck(name, None, str(error)))
     return checks
+
+
+def _nvidia_findings(transport: Transport, agent: Agent) -> tuple[nvidia.Finding, ...]:
+    """Return what a device has for TensorRT: by its files, by nvidia-smi, and by asking its driver in a child there."""
+    smi, problem = nvidia.ask_smi(transport)
+    facts, asked = agent.facts, [nvidia.Finding("nvidia-smi", "does not answer", problem)] if problem else []
+    builder: Path = backend("tensorrt").builder  # type: ignore[attr-defined]  # of back ends that build on a device
+    digest = sha256_file(builder)
+    try:
+        bundle.ship(agent, transport, {digest: builder})
+        found = builders.probe(agent, digest)
+        facts = nvidia.with_probe(facts, found)
+        asked += nvidia.probe_findings(found)
+    except EdgedeployError as error:
+        asked.append(nvidia.Finding("CUDA driver", "not asked", str(error)))
+    return (*nvidia.findings(facts, smi), *asked) if nvidia.is_nvidia(facts) or smi or problem else ()
+
+
+def _nvidia_here() -> list[nvidia.Finding]:
+    """Return what this machine has for TensorRT, without taking its lease: nothing is measured."""
+    with LocalTransport("local") as transport:
+        try:
+            said = transport.run([sys.executable, str(bundle.RUNNER), "facts"], timeout_s=FACTS_TIMEOUT_S)
+            facts = msgspec.json.decode(said.stdout, type=DeviceFacts)
+        except (EdgedeployError, msgspec.DecodeError) as error:
+            return [nvidia.Finding("NVIDIA GPU", "not examined", str(error))]
+        smi, problem = nvidia.ask_smi(transport)
+    problems = [nvidia.Finding("nvidia-smi", "does not answer", problem)] if problem else []
+    return [*nvidia.findings(facts, smi), *problems]
 
 
 # Part → (distributions that it needs, what it is for).
@@ -74,11 +124,12 @@ def examine(lab: Path | None) -> list[tuple[str, str, str]]:
         fix = f"pip install 'edgedeploy[{extra}]'  ({purpose})" if absent else ""
         findings.append((f"extra {extra}", f"missing: {', '.join(absent)}" if absent else versions, fix))
     found, broken = load_backends()
-    for name, backend in sorted(found.items()):
-        reason = backend.missing()
+    for name, one in sorted(found.items()):
+        reason = one.missing()
         findings.append((f"back end {name}", "cannot compile here" if reason else "ready", reason or ""))
     findings += [(f"back end {name}", "broken plugin", problem) for name, problem in sorted(broken.items())]
     findings.append(("target host", f"is {this_target('host').name}", ""))
+    findings += [(one.part, one.state, one.next) for one in _nvidia_here()]
     try:
         path = lab_path(lab)
         count = len(load_lab(path).devices)

@@ -105,19 +105,28 @@ def check_devices(names: tuple[str, ...], lab: Path | None, quiet: bool, as_json
     from edgedeploy import catalogue
 
     checks = catalogue.check_devices(names, lab, console.progress(quiet))
-    rows = [
-        [name, "reached" if facts else "FAILED", _facts_line(facts) if facts else problem]
-        for name, facts, problem in checks
-    ]
+    rows = []
+    for check in checks:
+        reached = check.facts is not None
+        rows.append([check.name, "reached" if reached else "FAILED", _facts_line(check.facts) or check.problem])
+        rows += [["", one.part, f"{one.state}; {one.next}" if one.next else one.state] for one in check.findings]
     documents = [
-        {"name": name, "reached": facts is not None, "facts": to_builtins(facts) if facts else None, "problem": problem}
-        for name, facts, problem in checks
+        {
+            "name": check.name,
+            "reached": check.facts is not None,
+            "facts": to_builtins(check.facts) if check.facts else None,
+            "problem": check.problem,
+            "findings": [{"part": one.part, "state": one.state, "next": one.next} for one in check.findings],
+        }
+        for check in checks
     ]
     _list("devices", ("device", "state", "what it is, or what went wrong"), rows, documents, as_json)
-    return 0 if all(facts for _, facts, _ in checks) else 3
+    return 0 if all(check.facts for check in checks) else 3
 
 
 def _facts_line(facts: Any) -> str:
+    if facts is None:
+        return ""
     return (
         f"{facts.machine}, {facts.cores} cores, {facts.cpu_model or 'CPU model not available'}, Python {facts.python}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from edgedeploy.records.run import Conditions
 PROTOCOL = 1
 # A login shell may greet on stdout before our runner starts; more than this is not a greeting.
 GREETING_LINES = 100
+# A device's log line may be of any length; a terminal's is not.
+PROGRESS_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,15 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a command is that takes minutes; `done` of `total` where they are known."""
+
+    text: str
+    done: int | None
+    total: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A command was done."""
 
@@ -63,7 +74,7 @@ class Refusal:
     stderr_tail: str
 
 
-Event = Hello | Busy | Heartbeat | Answer | Refusal
+Event = Hello | Busy | Heartbeat | Progress | Answer | Refusal
 
 
 class Conversation:
@@ -113,6 +124,9 @@ class Conversation:
     def _understand(self, name: object, event: dict[str, Any]) -> Event:
         if name == "heartbeat":
             return Heartbeat()
+        if name == "progress":
+            done, total = (msgspec.convert(event.get(key), int | None) for key in ("done", "total"))
+            return Progress(str(event["text"])[:PROGRESS_CHARACTERS], done, total)
         if name == "busy":
             return Busy(str(event["holder"]))
         if name == "hello":
@@ -193,8 +207,16 @@ class Agent:
         self._hello = event
         return event
 
-    def ask(self, do: str, *, visit: str = "", visits: Sequence[str] = (), **fields: object) -> dict[str, Any]:
-        """Ask for something and wait for the answer.
+    def ask(
+        self,
+        do: str,
+        *,
+        visit: str = "",
+        visits: Sequence[str] = (),
+        hear: Callable[[Progress], None] = lambda progress: None,
+        **fields: object,
+    ) -> dict[str, Any]:
+        """Ask for something and wait for the answer; what is said meanwhile goes to `hear`.
 
         Raises:
             VisitFailed: the runner refused, or the visit died or hung; `kind` says which.
@@ -213,7 +235,8 @@ class Agent:
             self._channel.send_line(self._conversation.command(do, **fields))
         except DeviceUnreachable as error:
             raise DeviceUnreachable(f"{error}, before {what} could be asked{self._last_words()}") from error
-        event = self._next(what)
+        while isinstance(event := self._next(what), Progress):
+            hear(event)
         if isinstance(event, Answer):
             return event.fields
         if not isinstance(event, Refusal):

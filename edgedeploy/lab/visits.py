@@ -20,7 +20,7 @@ import msgspec
 from edgedeploy.errors import DeviceError, TransferError
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.transport import Transport
-from edgedeploy.records.run import Boundary, Burst, Conditions, MemoryVisit, Visit
+from edgedeploy.records.run import Boundary, Burst, Conditions, LayerTime, MemoryVisit, Visit
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.storage import sha256_file
 
@@ -60,7 +60,7 @@ class Schedule:
         warm_up_window: samples per window; warm-up ends when two adjacent windows' medians agree ...
         warm_up_tolerance: ... within this fraction, ...
         warm_up_cap_s: ... or after this time, and the visit is recorded as not steady.
-        memory_inferences: inferences of a memory visit.
+        memory_inferences: inferences of a memory visit; profile_inferences: of one that times single operators.
     """
 
     bursts_per_visit: int = 8
@@ -72,6 +72,7 @@ class Schedule:
     warm_up_cap_s: float = 5.0
     interleave: Literal["bursts", "visits"] = "bursts"
     memory_inferences: int = 10
+    profile_inferences: int = 20
     open_timeout_s: float = 300.0
     burst_timeout_s: float = 300.0
     outputs_timeout_s: float = 3600.0
@@ -254,6 +255,26 @@ def measure_memory(agent: Agent, side: Side, schedule: Schedule | None = None) -
     return MemoryVisit(peak_rss_bytes=answer["peak_rss_bytes"], import_rss_bytes=answer["import_rss_bytes"])
 
 
+def profile(agent: Agent, side: Side, schedule: Schedule | None = None) -> tuple[LayerTime, ...]:
+    """Return what each operator takes, in the order of execution, from a process that measures nothing else.
+
+    Raises:
+        VisitFailed: it died, hung or was refused; its kind is "not-available" where the runtime does not say.
+    """
+    schedule = schedule or Schedule()
+    answer = agent.ask(
+        "profile",
+        visit=f"{side.cell} profile",
+        job=_job(side, schedule),
+        count=schedule.profile_inferences,
+        timeout_s=schedule.open_timeout_s,
+    )
+    try:
+        return msgspec.convert(answer["layers"], tuple[LayerTime, ...])
+    except (KeyError, msgspec.ValidationError) as error:
+        raise DeviceError(f"{agent.label}: the runner's times of operators are none: {error}") from error
+
+
 def compute_outputs(
     agent: Agent, transport: Transport, side: Side, local_path: Path, schedule: Schedule | None = None
 ) -> DeviceOutputs:
@@ -304,8 +325,9 @@ def load_of_others(before: Conditions, after: Sequence[Conditions]) -> float | N
 def mark(visit: Visit, limits: ConditionLimits) -> Visit:
     """Return the visit, dropped with a reason when the conditions say that its number does not count."""
     reasons = []
-    if visit.before.throttled or visit.after.throttled:
-        reasons.append("the device was throttled")
+    names = sorted({*(visit.before.throttle_reasons or ()), *(visit.after.throttle_reasons or ()), *_guards(visit)})
+    if visit.before.throttled or visit.after.throttled or names:
+        reasons.append(f"the device was throttled ({', '.join(names)})" if names else "the device was throttled")
     if visit.foreign_load is not None and visit.foreign_load > limits.max_foreign_load:
         # Without the figure, which is in the record: so that equal reasons can be counted.
         plural = "" if limits.max_foreign_load == 1 else "s"
@@ -320,6 +342,12 @@ def mark(visit: Visit, limits: ConditionLimits) -> Visit:
     if visit.dropped:
         reasons.insert(0, visit.dropped)
     return msgspec.structs.replace(visit, dropped="; ".join(reasons))
+
+
+def _guards(visit: Visit) -> list[str]:
+    """Return the guards of the power supply that slowed the device down during a visit."""
+    before = visit.before.throttle_events or {}
+    return [name for name, count in (visit.after.throttle_events or {}).items() if count > before.get(name, count)]
 
 
 def _dropped(measured: Measured, reason: str) -> Measured:

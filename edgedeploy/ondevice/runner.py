@@ -5,6 +5,8 @@ Two roles, both speaking one JSON object per line:
 * `runner.py agent --root DIR` lives as long as a lease. It answers the host on stdin/stdout and never loads a runtime.
 * `runner.py visit --root DIR` is a fresh child of the agent: it loads one session and times it.
 
+A third, `runner.py facts`, prints what the device is and ends; it takes no lease.
+
 Both move the protocol away from descriptors 0 and 1 first, so that a runtime that prints from C++ cannot corrupt it.
 
 Commands are {"id": n, "do": ...}; each gets one {"id": n, "event": "answer" | "error", ...}. While a command lasts,
@@ -12,8 +14,9 @@ Commands are {"id": n, "do": ...}; each gets one {"id": n, "event": "answer" | "
 is far below what can be measured, and without it the host could not tell a slow model from a dead device.
 
 A job is {"session", "artifact", "inputs": sha256, "options": {...}, "batch": n, "warm_up": {"window", "tolerance",
-"cap_s"}}. Files lie in DIR/objects/<sha256>; the answers of a model in DIR/outputs/<sha256>. Tensors are in the
-safetensors format: a little-endian length, a JSON header, bytes. Nothing is ever unpickled.
+"cap_s"}}. Files lie in DIR/objects/<sha256>; the answers of a model in DIR/outputs/<sha256>. What takes minutes says
+{"event": "progress", "text", "done", "total"} meanwhile. Tensors are in the safetensors format: a little-endian length,
+a JSON header, bytes. Nothing is ever unpickled.
 """
 
 import argparse
@@ -40,6 +43,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 
@@ -64,8 +68,22 @@ ARM_PARTS = {
     0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD07: "Cortex-A57", 0xD08: "Cortex-A72",
     0xD09: "Cortex-A73", 0xD0A: "Cortex-A75", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1", 0xD0D: "Cortex-A77",
     0xD40: "Neoverse-V1", 0xD41: "Cortex-A78", 0xD42: "Cortex-A78AE", 0xD44: "Cortex-X1", 0xD46: "Cortex-A510",
-    0xD47: "Cortex-A710", 0xD48: "Cortex-X2", 0xD49: "Neoverse-N2", 0xD4F: "Neoverse-V2",
+    0xD47: "Cortex-A710", 0xD48: "Cortex-X2", 0xD49: "Neoverse-N2", 0xD4F: "Neoverse-V2", 0xD83: "Neoverse-V3AE",
+    0xD84: "Neoverse-V3",
 }  # fmt: skip
+
+# Tegra, as the device tree names it -> its GPU's name and compute capability (CUDA C++ Programming Guide).
+TEGRA_GPUS = {
+    "nvidia,tegra210": ("Tegra X1", "5.3"), "nvidia,tegra186": ("Tegra X2", "6.2"),
+    "nvidia,tegra194": ("Xavier", "7.2"), "nvidia,tegra234": ("Orin", "8.7"), "nvidia,tegra264": ("Thor", "11.0"),
+}  # fmt: skip
+# Release of Jetson Linux -> JetPack (NVIDIA's JetPack archive), for boards without the package nvidia-jetpack.
+JETPACKS = {
+    "35.1.0": "5.0.2", "35.2.1": "5.1", "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5.0": "5.1.3", "35.6.0": "5.1.4",
+    "36.3.0": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "38.2.0": "7.0", "38.4.0": "7.1",
+}  # fmt: skip
+# Programs of boards that say what their kernel does not.
+BOARD_TOOLS = ("vcgencmd", "nvpmodel", "jetson_clocks", "tegrastats")
 
 
 class Refusal(Exception):
@@ -106,7 +124,7 @@ def explain(error):
     if isinstance(error, Refusal):
         return error.kind, str(error)
     if isinstance(error, MemoryError):
-        return "out-of-memory", "the device ran out of memory"
+        return "out-of-memory", "the device ran out of memory" + (": %s" % error if str(error) else "")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk-full", "the device's disk is full (%s); free some space there" % error
     if isinstance(error, OSError):
@@ -129,10 +147,16 @@ def read_text(sysroot, path):
 def read_number(sysroot, path, scale=1.0):
     """Return a file's first word as a number times `scale`, or None."""
     words = (read_text(sysroot, path) or "").split()
+    return number(words[0], scale) if words else None
+
+
+def number(text, scale=1.0):
+    """Return a text as a finite number times `scale`, or None."""
     try:
-        return float(words[0]) * scale if words else None
+        value = float(text) * scale
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def read_table(sysroot, path, separator):
@@ -154,12 +178,15 @@ def cpu_model(sysroot):
     cpu = {}
     for key, value in read_table(sysroot, "proc/cpuinfo", ":"):
         cpu.setdefault(key, value)
-    if "model name" in cpu:
+    if not cpu.get("model name", "ARM").startswith("ARM"):  # "ARMv8 Processor rev 1 (v8l)" says nothing
         return cpu["model name"]
     board = read_text(sysroot, "sys/firmware/devicetree/base/model") or cpu.get("Model", "")
     core = ""
     if cpu.get("CPU implementer") == "0x41" and "CPU part" in cpu:
-        core = ARM_PARTS.get(int(cpu["CPU part"], 16), "Arm part " + cpu["CPU part"])
+        known = {"0x%03x" % part: name for part, name in ARM_PARTS.items()}
+        core = known.get(cpu["CPU part"].lower(), "Arm part " + cpu["CPU part"])
+    if cpu.get("CPU implementer") == "0x4e":  # NVIDIA
+        core = {"0x003": "Denver 2", "0x004": "Carmel"}.get(cpu.get("CPU part"), "")
     return "%s (%s)" % (board, core) if board and core else board or core
 
 
@@ -169,6 +196,7 @@ def read_facts(sysroot="/"):
     features = [value for key, value in cpuinfo if key in ("flags", "Features")]
     release = dict(read_table(sysroot, "etc/os-release", "="))
     return {
+        **read_nvidia(sysroot),
         "hostname": read_text(sysroot, "proc/sys/kernel/hostname") or platform.node(),
         "machine": platform.machine(),
         "system": platform.system(),
@@ -201,6 +229,9 @@ def read_temperatures(sysroot):
         if celsius is None or celsius <= -200:
             continue
         kind = read_text(folder, "type") or os.path.basename(folder)
+        # A placeholder of Jetson's device trees: the chip only interrupts, and the zone always says 50 or 100 °C.
+        if kind == "PMIC-Die":
+            continue
         count = sum(name.split("#")[0] == kind for name in zones)
         zones[kind if not count else "%s#%d" % (kind, count + 1)] = celsius
     return zones or None
@@ -232,7 +263,10 @@ def read_busy_core_s(sysroot):
     words = (read_text(sysroot, "proc/stat") or "").split("\n")[0].split()
     if len(words) < 8 or words[0] != "cpu":
         return None
-    user, nice, system, _idle, _iowait, irq, softirq = (int(word) for word in words[1:8])
+    ticks = [number(word) for word in words[1:8]]
+    if None in ticks:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq = ticks
     # A kernel that keeps this file for compatibility only (a sandbox) says 0: not available.
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") or None
 
@@ -243,15 +277,363 @@ def read_own_core_s(sysroot, pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if len(fields) > 12 else None
 
 
-def read_conditions(sysroot="/", vcgencmd=None):
-    """Return the device's state now, in the words of the host's record Conditions (without own_core_s)."""
-    clocks = per_core(sysroot, "scaling_cur_freq")
+def read_nvidia(sysroot):
+    """Return what there is for TensorRT, as far as files say it: no driver is loaded and no program is run."""
+    compatible = (read_text(sysroot, "proc/device-tree/compatible") or "").split("\0")
+    tegra = next((TEGRA_GPUS[name] for name in compatible if name in TEGRA_GPUS), None)
+    gpus = [{"name": tegra[0], "compute_capability": tegra[1], "memory_bytes": None}] if tegra else []
+    for path in sorted(glob.glob(os.path.join(sysroot, "proc/driver/nvidia/gpus/*/information"))):
+        name = dict(read_table("/", os.path.abspath(path), ":")).get("Model", "")
+        gpus += [{"name": name, "compute_capability": "", "memory_bytes": None}] if name and not tegra else []
+    driver = re.search(
+        r"Kernel Module\b[^\n]*?\s(\d+(?:\.\d+)+)", read_text(sysroot, "proc/driver/nvidia/version") or ""
+    )
+    l4t = parse_l4t(read_text(sysroot, "etc/nv_tegra_release") or "")
+    packages = dpkg_versions(read_text(sysroot, "var/lib/dpkg/status") or "", r"nvidia-jetpack|libnvinfer\d+")
     return {
+        "board": read_text(sysroot, "proc/device-tree/model") or "",
+        "l4t": l4t,
+        "jetpack": packages.pop("nvidia-jetpack", "") or JETPACKS.get(l4t, ""),
+        "gpus": gpus,
+        "gpu_driver": driver.group(1) if driver else "",
+        "cuda": read_cuda(sysroot),
+        "tensorrt": read_libnvinfer(sysroot) or max(packages.values(), key=version_key, default=""),
+        "tensorrt_bindings": read_bindings(sysroot, sys.path if sysroot == "/" else ()),
+    }
+
+
+def parse_l4t(text):
+    """Return "36.4.3" of the first line of /etc/nv_tegra_release, or ""."""
+    found = re.search(r"R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", text)
+    return "%s.%s" % found.groups() if found else ""
+
+
+def version_key(version):
+    """Return what versions are ordered by."""
+    return [int(part) for part in re.findall(r"\d{1,9}", version)]
+
+
+def dpkg_versions(status, pattern):
+    """Return package -> upstream version of the installed packages whose whole name fits, from dpkg's status file."""
+    versions = {}
+    for stanza in status.split("\n\n"):
+        name = re.match(r"\s*Package: (%s)\n" % pattern, stanza)
+        version = re.search(r"^Version: (?:\d+:)?([0-9.]+)", stanza, re.MULTILINE)
+        if name and version and re.search(r"^Status: .* installed$", stanza, re.MULTILINE):
+            versions[name.group(1)] = version.group(1)
+    return versions
+
+
+def read_cuda(sysroot):
+    """Return the version of the CUDA toolkit that /usr/local/cuda is, or ""."""
+    try:
+        return str(json.loads(read_text(sysroot, "usr/local/cuda/version.json") or "{}")["cuda"]["version"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        old = re.search(r"CUDA Version (\d[\d.]*)", read_text(sysroot, "usr/local/cuda/version.txt") or "")
+    folders = [os.path.basename(path) for path in glob.glob(os.path.join(sysroot, "usr/local/cuda-[0-9]*"))]
+    return old.group(1) if old else max((name[len("cuda-") :] for name in folders), key=version_key, default="")
+
+
+def read_libnvinfer(sysroot):
+    """Return the version of the newest libnvinfer where the linker looks, by the name of its file, or ""."""
+    folders = [
+        "usr/lib/*-linux-gnu",
+        "usr/lib",
+        "usr/lib64",
+        "usr/local/lib",
+        "usr/local/tensorrt/lib",
+        "opt/tensorrt/lib",
+    ]
+    paths = [path for folder in folders for path in glob.glob(os.path.join(sysroot, folder, "libnvinfer.so.*"))]
+    found = [re.search(r"libnvinfer\.so\.(\d+(?:\.\d+)+)$", path) for path in paths]
+    return max((match.group(1) for match in found if match), key=version_key, default="")
+
+
+def read_bindings(sysroot, search_path=()):
+    """Return where Python's module for TensorRT is: for which Python, of which version, in which folder.
+
+    Args:
+        sysroot: where /usr is.
+        search_path: further folders, where this interpreter looks.
+    """
+    patterns = ["usr/lib/python3*/*-packages", "usr/local/lib/python3*/*-packages"]
+    folders = [path for pattern in patterns for path in glob.glob(os.path.join(sysroot, pattern))]
+    bindings, seen = [], set()
+    for folder in [*sorted(folders), *filter(None, search_path)]:
+        for module in ("tensorrt", "tensorrt_bindings"):
+            place = os.path.realpath(os.path.join(folder, module))
+            if place in seen or not glob.glob(os.path.join(glob.escape(place), "tensorrt*.so")):
+                continue
+            seen.add(place)
+            version = re.search(r"""__version__ = ["']([^"']+)""", read_text(place, "__init__.py") or "")
+            bindings.append({
+                "python": python_of(folder),
+                "version": version.group(1) if version else "",
+                "folder": folder,
+            })  # fmt: skip
+    return bindings
+
+
+def python_of(folder):
+    """Return the Python that a folder of modules is for: by a wheel of TensorRT in it, else by its name, else ""."""
+    for wheel in glob.glob(os.path.join(glob.escape(folder), "tensorrt*.dist-info", "WHEEL")):
+        tag = re.search(r"^Tag: cp3(\d+)-", read_text("/", os.path.abspath(wheel)) or "", re.MULTILINE)
+        if tag:
+            return "3." + tag.group(1)
+    named = re.findall(r"/python(3\.\d+)/", folder)
+    return named[-1] if named else ""
+
+
+def read_throttle_reasons(sysroot):
+    """Return the kernel's thermal limits that hold now, by the names of its cooling devices; None where it has none.
+
+    A fan is no limit. A state of 0 is full speed (Linux, Documentation/driver-api/thermal/sysfs-api.rst); Jetsons have
+    "cpu-throttle-alert", "gpu-throttle-alert" ... for the limits that their firmware sets.
+    """
+    states = {}
+    for folder in sorted(glob.glob(os.path.join(sysroot, "sys/class/thermal/cooling_device*"))):
+        kind, state = read_text(folder, "type") or "", read_number(folder, "cur_state")
+        if state is not None and re.search(r"throttle-alert$|-balanced$|^(thermal-)?(cpufreq|devfreq)", kind):
+            states[kind] = max(state, states.get(kind, 0.0))
+    return [kind for kind, state in states.items() if state > 0] if states else None
+
+
+def read_throttle_events(sysroot):
+    """Return how often since boot the power supply's guards slowed the board down, or None.
+
+    On Orin oc1 is under-voltage, oc2 the average current and oc3 the instantaneous current (Jetson Linux Developer
+    Guide, "Platform Power and Performance"); a guard that only counts is left out.
+    """
+    events = {}
+    for path in sorted(glob.glob(os.path.join(sysroot, "sys/class/hwmon/hwmon*/oc[0-9]*_event_cnt"))):
+        folder, name = os.path.split(path)
+        guard = name.partition("_")[0]
+        count = read_number(folder, name)
+        if count is not None and read_number(folder, guard + "_throt_en") != 0:
+            events[guard] = events.get(guard, 0) + int(count)
+    return events or None
+
+
+def find_tools():
+    """Return the programs of BOARD_TOOLS that are here; a shell over SSH often does not look into /usr/sbin."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/bin"])
+    found = {name: shutil.which(name, path=places) for name in BOARD_TOOLS}
+    return {name: path for name, path in found.items() if path}
+
+
+def ask_tool(argv, timeout_s=5.0):
+    """Return what a program prints, or "" when it fails or takes too long."""
+    try:
+        said = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=timeout_s, check=True)  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.stdout.decode("utf-8", "replace")
+
+
+def read_board(sysroot, tools):
+    """Return power, clocks and fan of a board. Programs are asked only for what the files of a Jetson do not say."""
+    gpu = gpu_devfreq(sysroot)
+    found = {
+        "power_mode": read_power_mode(sysroot, tools.get("nvpmodel")),
+        "gpu_clock_hz": read_number(gpu, "cur_freq") if gpu else None,
+        "emc_clock_hz": read_emc(sysroot),
+        "rails_w": read_rails(sysroot),
+        "clocks_fixed": read_clocks_fixed(sysroot, gpu),
+        **read_fan(sysroot),
+    }
+    if read_text(sysroot, "etc/nv_tegra_release") is None:
+        return found
+    if gpu is None and "jetson_clocks" in tools and os.geteuid() == 0:  # it answers root alone
+        said = parse_jetson_clocks(ask_tool([tools["jetson_clocks"], "--show"]))
+        found.update((key, said[key]) for key in said if found[key] is None)
+    if (found["rails_w"] is None or found["gpu_clock_hz"] is None) and "tegrastats" in tools:
+        said = parse_tegrastats(sample_tegrastats(tools["tegrastats"]))
+        keys = ("gpu_clock_hz", "emc_clock_hz", "rails_w")
+        found.update((key, said[key]) for key in keys if found[key] is None and key in said)
+    return found
+
+
+def gpu_devfreq(sysroot):
+    """Return the folder of the GPU's clock, or None: 17000000.ga10b, 17000000.gpu, gpu-gpc-0 (gpu-nvd is its video)."""
+    for folder in sorted(glob.glob(os.path.join(sysroot, "sys/class/devfreq/*"))):
+        if re.search(r"gpu|gv11b|gp10b|ga10b|gm20b", os.path.basename(folder)) and "nvd" not in os.path.basename(
+            folder
+        ):
+            return folder
+    return None
+
+
+def read_emc(sysroot):
+    """Return the clock of the memory's controller in hertz, or None: most kernels tell root alone."""
+    for path in ("sys/kernel/debug/bpmp/debug/clk/emc/rate", "sys/kernel/debug/clk/emc/clk_rate",
+                 "sys/class/devfreq/bwmgr/cur_freq"):  # fmt: skip
+        hertz = read_number(sysroot, path)
+        if hertz is not None:
+            return hertz
+    return None
+
+
+def read_clocks_fixed(sysroot, gpu):
+    """Return whether least and greatest clock of every core, and of the GPU, are one, as jetson_clocks makes them."""
+    bounds = [per_core(sysroot, name) for name in ("scaling_min_freq", "scaling_max_freq")]
+    if None in bounds:
+        return None
+    gpu_bounds = [read_number(gpu, name) for name in ("min_freq", "max_freq")] if gpu else [None, None]
+    return bounds[0] == bounds[1] and gpu_bounds[0] == gpu_bounds[1]
+
+
+def read_rails(sysroot):
+    """Return supply rail -> watts, or None.
+
+    A current is measured with its sign, and the idle rail of an INA3221 may come out below zero.
+    """
+    rails = {}
+    places = ["sys/class/hwmon/hwmon*", "sys/bus/i2c/drivers/ina3221*/*/hwmon/hwmon*"]
+    for folder in sorted(path for place in places for path in glob.glob(os.path.join(sysroot, place))):
+        chip = read_text(folder, "name") or ""
+        if not chip.startswith("ina"):
+            continue
+        for channel in (1, 2, 3):
+            label = read_text(folder, "in%d_label" % channel)
+            millivolt, milliampere = (read_number(folder, form % channel) for form in ("in%d_input", "curr%d_input"))
+            if label and label != "NC" and millivolt is not None and milliampere is not None:
+                rails.setdefault(label, millivolt * milliampere * 1e-6)
+        total = read_number(folder, "power1_input", 1e-6)
+        if total is not None:  # an INA238 measures one rail: the board's input
+            rails.setdefault(read_text(folder, "in1_label") or chip, total)
+    for path in sorted(glob.glob(os.path.join(sysroot, "sys/bus/i2c/drivers/ina3221x/*/iio*device*/rail_name_*"))):
+        folder, name = os.path.split(path)  # Jetson Linux up to 32.x
+        label, watts = read_text(folder, name), read_number(folder, "in_power%s_input" % name.rpartition("_")[2], 1e-3)
+        if label and label != "NC" and watts is not None:
+            rails.setdefault(label, watts)
+    return rails or None
+
+
+def read_fan(sysroot):
+    """Return the fan's speed in turns a minute and the share of full drive that it gets; None where not said."""
+    speed, drive = None, None
+    for folder in sorted(glob.glob(os.path.join(sysroot, "sys/class/hwmon/hwmon*"))):
+        if "fan" in (read_text(folder, "name") or ""):
+            drive = read_number(folder, "pwm1", 1 / 255) if drive is None else drive
+        for name in ("rpm", "fan1_input"):
+            speed = read_number(folder, name) if speed is None else speed
+    return {"fan_rpm": speed, "fan_drive": drive}
+
+
+def read_power_mode(sysroot, nvpmodel=None):
+    """Return the power mode that was chosen, "MODE_30W (2)", or None where there is none.
+
+    Args:
+        sysroot: where nvpmodel keeps what was chosen last, and what its modes are called.
+        nvpmodel: the program, asked where the file is not there.
+    """
+    chosen = re.search(r"pmode:\s*(\d{1,6})", read_text(sysroot, "var/lib/nvpmodel/status") or "")
+    if chosen:
+        modes = re.findall(
+            r"POWER_MODEL\s+ID=(\d{1,6})\s+NAME=([^\s>]+)", read_text(sysroot, "etc/nvpmodel.conf") or ""
+        )
+        name = {int(mode): name for mode, name in modes}.get(int(chosen.group(1)), "mode")
+        return "%s (%d)" % (name, int(chosen.group(1)))
+    return parse_nvpmodel(ask_tool([nvpmodel, "-q"])) if nvpmodel else None
+
+
+def parse_nvpmodel(text):
+    """Return "MODE_30W (2)" of what `nvpmodel -q` prints, or None."""
+    said = re.search(r"NV Power Mode:[ \t]*(\S+)(?:\s+(\d{1,6})\s*$)?", text, re.MULTILINE)
+    if not said:
+        return None
+    return "%s (%d)" % (said.group(1), int(said.group(2))) if said.group(2) else said.group(1)
+
+
+def parse_jetson_clocks(text):
+    """Return clocks_fixed, gpu_clock_hz, emc_clock_hz and power_mode as far as `jetson_clocks --show` printed them."""
+    said, fixed = {}, []
+    for unit, least, most, now in re.findall(
+        r"^\s*(cpu\d+|GPU|EMC)\b:?.*?MinFreq=(\d+) MaxFreq=(\d+) CurrentFreq=(\d+)", text, re.MULTILINE
+    ):
+        if unit == "EMC":
+            said["emc_clock_hz"] = number(now)
+            continue
+        fixed.append(least == most)
+        if unit == "GPU":
+            said["gpu_clock_hz"] = number(now)
+    if fixed:
+        said["clocks_fixed"] = all(fixed)
+    mode = parse_nvpmodel(text)
+    return dict(said, power_mode=mode) if mode else said
+
+
+def sample_tegrastats(path, timeout_s=3.0):
+    """Return one line of tegrastats, which prints one every interval for ever; "" when none came in time."""
+    try:
+        process = subprocess.Popen([path, "--interval", "100"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+    except OSError:
+        return ""
+    text, deadline_s = b"", time.monotonic() + timeout_s
+    with process, selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while b"\n" not in text and selector.select(max(0.0, deadline_s - time.monotonic())):
+            part = os.read(process.stdout.fileno(), 65536)
+            if not part:
+                break
+            text += part
+        process.kill()
+    return text.partition(b"\n")[0].decode("utf-8", "replace")
+
+
+def parse_tegrastats(line):
+    """Return what a line of tegrastats says, as far as it is there, in SI units.
+
+    Keys: ram_used_bytes, ram_total_bytes, cpu_clocks_hz (of the cores that are on), gpu_load, gpu_clock_hz, emc_load,
+    emc_clock_hz, temperatures_celsius, rails_w. A load without root comes without its clock, and a clock with no load
+    as "@4266". A rail is "now/average" or "now/average/peak"; a sensor whose rail is off says -256 °C.
+    """
+    said = {}
+    memory = re.search(r"\bRAM (\d+)/(\d+)MB", line)
+    if memory:
+        used, total = (number(text, 2.0**20) for text in memory.groups())
+        if used is not None and total is not None:
+            said.update(ram_used_bytes=used, ram_total_bytes=total)
+    cores = re.search(r"\bCPU \[([^\]]*)\](?:@(\d+))?", line)
+    if cores:
+        clocks = re.findall(r"%@(\d+)", cores.group(1)) or [cores.group(2)] * cores.group(1).count("%")
+        said["cpu_clocks_hz"] = [number(clock, 1e6) for clock in clocks if clock]
+    for unit, name in (("gpu", "GR3D_FREQ"), ("emc", "EMC_FREQ")):
+        found = re.search(r"\b%s (?:(\d+)%%)?(?:@\[?(\d+))?" % name, line)
+        load, clock = found.groups() if found else (None, None)
+        said[unit + "_load"] = number(load, 1e-2) if load else None
+        said[unit + "_clock_hz"] = number(clock, 1e6) if clock else None
+    celsius = {zone: number(text) for zone, text in re.findall(r"\b(\w+)@(-?\d+(?:\.\d+)?)C\b", line)}
+    said["temperatures_celsius"] = {
+        zone: value for zone, value in celsius.items() if value is not None and value > -200
+    }
+    watts = {rail: number(text, 1e-3) for rail, text in re.findall(r"\b([A-Z]\w*) (-?\d+)mW\b", line) if rail != "NC"}
+    said["rails_w"] = {rail: value for rail, value in watts.items() if value is not None}
+    return {key: value for key, value in said.items() if value not in (None, {}, [])}
+
+
+def read_conditions(sysroot="/", tools=None):
+    """Return the device's state now, in the words of the host's record Conditions (without own_core_s).
+
+    Args:
+        sysroot: where /proc and /sys are.
+        tools: the programs of BOARD_TOOLS that are there: name -> path.
+    """
+    tools = tools or {}
+    clocks = [number(clock, 1e3) for clock in per_core(sysroot, "scaling_cur_freq") or [""]]
+    reasons = read_throttle_reasons(sysroot)
+    flags = [flag for flag in (read_throttled(sysroot, tools.get("vcgencmd")), reasons) if flag is not None]
+    return {
+        **read_board(sysroot, tools),
         "monotonic_s": time.monotonic(),
-        "cpu_clocks_hz": [float(clock) * 1e3 for clock in clocks] if clocks else None,
+        "cpu_clocks_hz": None if None in clocks else clocks,
         "governors": per_core(sysroot, "scaling_governor"),
         "temperatures_celsius": read_temperatures(sysroot),
-        "throttled": read_throttled(sysroot, vcgencmd),
+        "throttled": any(flags) if flags else None,
+        "throttle_reasons": reasons,
+        "throttle_events": read_throttle_events(sysroot),
         "load_1min": read_number(sysroot, "proc/loadavg"),
         "busy_core_s": read_busy_core_s(sysroot),
         "free_memory_bytes": read_kib(sysroot, "proc/meminfo", "MemAvailable"),
@@ -400,13 +782,13 @@ class OutputFile:
 # ---------------------------------------------------------------------------------------------------- a visit
 
 
-def load_session_class(path):
-    """Return the class Session of a session.py, importing its runtime.
+def load_device_half(path):
+    """Return the module of a session.py or builder.py, importing its runtime.
 
     Raises:
         Refusal: this interpreter does not have the runtime.
     """
-    loader = importlib.machinery.SourceFileLoader("edgedeploy_session", path)
+    loader = importlib.machinery.SourceFileLoader("edgedeploy_device_half", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module
     sys.dont_write_bytecode = True  # the file's name is its digest; no cache may appear beside it
@@ -418,7 +800,7 @@ def load_session_class(path):
         raise Refusal("missing-runtime", "%s has no module %r; %s" % (here, error.name, then)) from error
     except Exception as error:
         raise Refusal("missing-runtime", "%s cannot load the runtime: %s; %s" % (here, told(error), then)) from error
-    return module.Session
+    return module
 
 
 def told(error):
@@ -427,12 +809,13 @@ def told(error):
 
 
 class VisitChild:
-    """One loaded session in a process of its own."""
+    """One loaded session, or one builder at work, in a process of its own."""
 
-    def __init__(self, root):
-        self.root = root
+    def __init__(self, root, answers):
+        self.root, self.answers = root, answers
         self.session = None
         self.closing = contextlib.ExitStack()
+        self.telling = threading.Lock()
 
     def load(self, job):
         """Import the runtime, load the artifact, bind the first batch and infer once; return what it took."""
@@ -441,7 +824,7 @@ class VisitChild:
         self.inputs = TensorFile(inputs)
         first_batch = self.inputs.rows(0, self.batch)
         started_s = time.perf_counter()
-        session_class = load_session_class(session_path)
+        session_class = load_device_half(session_path).Session
         imported_s = time.perf_counter()
         self.import_rss_bytes = read_kib("/", "proc/self/status", "VmHWM")
         try:
@@ -459,7 +842,7 @@ class VisitChild:
         gc.freeze()
         gc.disable()
         return {
-            "runtime": session_class.runtime,
+            "runtime": self.session.runtime,
             "boundary": dict(self.session.boundary(), batch=self.batch),
             "import_s": imported_s - started_s,
             "load_s": loaded_s - load_started_s,
@@ -472,6 +855,8 @@ class VisitChild:
             self.session.bind(batch)
         except (ValueError, TypeError, KeyError) as error:
             raise Refusal("bad-input", "the artifact does not take these inputs: %s" % told(error)) from error
+        except RuntimeError as error:
+            raise Refusal("runtime-error", "the runtime failed while it took its inputs: %s" % told(error)) from error
 
     def timed(self, count, lead_in=0):
         """Return the nanoseconds of each of `count` inferences after `lead_in` that are not counted.
@@ -529,6 +914,19 @@ class VisitChild:
             raise Refusal("not-available", "the device's kernel does not say VmHWM in /proc/self/status")
         return dict(answer, peak_rss_bytes=peak_rss_bytes, import_rss_bytes=self.import_rss_bytes)
 
+    def profile(self, job, count):
+        """Return what each operator takes, as the runtime says; watching them makes an inference slower."""
+        answer = self.load(job)
+        if not hasattr(self.session, "profile"):
+            raise Refusal("not-available", "%s does not say what single operators take" % answer["runtime"])
+        try:
+            layers = self.session.profile(count)
+        except NotImplementedError as error:
+            raise Refusal("not-available", str(error)) from error
+        except RuntimeError as error:
+            raise Refusal("runtime-error", "the runtime failed while it was watched: %s" % told(error)) from error
+        return dict(answer, layers=[{"name": name, "kind": kind, "p50_s": p50_s} for name, kind, p50_s in layers])
+
     def outputs(self, job):
         """Run every sample once, batch by batch, and write the answers to outputs/<sha256>."""
         answer = self.load(job)
@@ -568,6 +966,43 @@ class VisitChild:
         self.timed(1)
         return self.session.outputs()
 
+    def probe(self, builder):
+        """Ask a builder what is here."""
+        return {"found": load_device_half(object_path(self.root, builder)).probe()}
+
+    def build(self, job):
+        """Have a builder make files from shipped ones; each that it made gets its digest for a name.
+
+        A job is {"builder": sha256, "files": {name: sha256}, "options": {...}}. A builder has probe() -> dict and
+        build(files, options, folder, tell) -> (report, {name: file in folder}); tell(text, done=None, total=None) may
+        be called from any thread.
+        """
+        builder = load_device_half(object_path(self.root, job["builder"]))
+        files = {name: object_path(self.root, digest) for name, digest in job["files"].items()}
+        folder = os.path.join(self.root, "building", str(os.getpid()))
+        os.makedirs(folder)
+        try:
+            report, made = builder.build(files, job["options"], folder, self.tell)
+            return {"report": report, "made": {name: self.keep(os.path.join(folder, made[name])) for name in made}}
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise Refusal(getattr(error, "kind", "build-failed"), str(error) or told(error)) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, path):
+        """Move a file to the objects; return its digest and size."""
+        digest = digest_of(path)
+        kept = os.path.join(self.root, "objects", digest)
+        os.replace(path, kept)
+        return {"sha256": digest, "size_bytes": os.path.getsize(kept)}
+
+    def tell(self, text, done=None, total=None):
+        """Send progress to the host, between a command and its answer."""
+        with self.telling:
+            say(self.answers, event="progress", text=text, done=done, total=total)
+
     def close(self):
         """Close the session."""
         self.closing.close()
@@ -588,9 +1023,9 @@ def serve_visit(root, parent):
     """Play the role of a visit: answer the agent's commands until it closes our stdin."""
     die_with_parent(parent)
     commands, answers = own_descriptors()
-    child = VisitChild(root)
+    child = VisitChild(root, answers)
     verbs = {"open": child.open, "burst": child.burst, "memory": child.memory, "outputs": child.outputs,
-             "close": child.close}  # fmt: skip
+             "profile": child.profile, "probe": child.probe, "build": child.build, "close": child.close}  # fmt: skip
     with os.fdopen(commands, "r", encoding="utf-8") as lines:
         for line in lines:
             command = json.loads(line)
@@ -683,7 +1118,7 @@ class Agent:
 
     def __init__(self, root, commands, answers, idle_s):
         self.root, self.answers, self.idle_s = root, answers, idle_s
-        self.vcgencmd = shutil.which("vcgencmd")
+        self.tools = find_tools()
         self.children = {}
         self.inbox = collections.deque()
         self.unfinished = b""
@@ -713,8 +1148,8 @@ class Agent:
     def serve(self):
         """Answer commands until the host says bye, goes away, or is silent for too long."""
         verbs = {"have": self.have, "commit": self.commit, "conditions": self.conditions, "open": self.open,
-                 "bursts": self.bursts, "memory": self.memory, "outputs": self.outputs,
-                 "close": self.close}  # fmt: skip
+                 "bursts": self.bursts, "memory": self.memory, "outputs": self.outputs, "profile": self.profile,
+                 "probe": self.probe, "build": self.build, "close": self.close}  # fmt: skip
         try:
             while True:
                 command = self.next_command()
@@ -792,7 +1227,7 @@ class Agent:
         """Return the device's state, and the CPU time that the named visits have used."""
         pids = {visit: self.child(visit).process.pid for visit in visits}
         return {
-            "conditions": read_conditions("/", self.vcgencmd),
+            "conditions": read_conditions("/", self.tools),
             "own_core_s": {visit: read_own_core_s("/", pid) for visit, pid in pids.items()},
         }
 
@@ -832,9 +1267,21 @@ class Agent:
         """Measure memory in a visit of its own."""
         return self.alone(visit, {"do": "memory", "job": job, "count": count}, timeout_s)
 
+    def profile(self, visit, job, count, timeout_s):
+        """Have operators timed one by one, in a visit of its own."""
+        return self.alone(visit, {"do": "profile", "job": job, "count": count}, timeout_s)
+
     def outputs(self, visit, job, timeout_s):
         """Compute the outputs of all samples in a visit of its own."""
         return self.alone(visit, {"do": "outputs", "job": job}, timeout_s)
+
+    def probe(self, visit, builder, timeout_s):
+        """Ask a builder what is here, in a process of its own: a runtime without a driver may crash."""
+        return self.alone(visit, {"do": "probe", "builder": builder}, timeout_s)
+
+    def build(self, visit, job, timeout_s):
+        """Have a builder make files, in a process of its own."""
+        return self.alone(visit, {"do": "build", "job": job}, timeout_s)
 
     def alone(self, visit, command, timeout_s):
         """Start a visit for one command."""
@@ -862,18 +1309,22 @@ class Agent:
         child.tell(command)
         deadline_s = time.monotonic() + timeout_s
         try:
-            while not child.lines:
-                left_s = deadline_s - time.monotonic()
-                if child.is_silent:
-                    raise self.obituary(child)
-                if left_s <= 0:
-                    raise Refusal("timeout", "no answer within %g s; the process was killed" % timeout_s)
-                self.turn(min(left_s, HEARTBEAT_S))
-                self.beat()
-            answer = json.loads(child.lines.popleft().decode("utf-8"))
-            if answer.pop("event") == "error":
-                raise Refusal(answer["kind"], answer["message"])
-            return answer
+            while True:
+                while not child.lines:
+                    left_s = deadline_s - time.monotonic()
+                    if child.is_silent:
+                        raise self.obituary(child)
+                    if left_s <= 0:
+                        raise Refusal("timeout", "no answer within %g s; the process was killed" % timeout_s)
+                    self.turn(min(left_s, HEARTBEAT_S))
+                    self.beat()
+                answer = json.loads(child.lines.popleft().decode("utf-8"))
+                event = answer.pop("event")
+                if event == "error":
+                    raise Refusal(answer["kind"], answer["message"])
+                if event != "progress":
+                    return answer
+                say(self.answers, event=event, **answer)
         except Refusal as refusal:
             self.last_words(child)
             refusal.stderr_tail = child.stderr_tail()
@@ -884,9 +1335,9 @@ class Agent:
     def last_words(self, child):
         """Read what a child printed before it fell silent."""
         for _ in range(64):  # a child that never stops printing must not hold us
-            before = len(child.noise)
+            before = child.noise
             self.turn(0.02)
-            if len(child.noise) == before:
+            if child.noise == before:
                 return
 
     def obituary(self, child):
@@ -913,6 +1364,11 @@ def prepare_root(root):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - os.path.getmtime(part) > STALE_PART_S:
                 os.unlink(part)
+
+
+def clear_builds(root):
+    """Delete what builds left that were cut off; only who has the lease may."""
+    shutil.rmtree(os.path.join(root, "building"), ignore_errors=True)
 
 
 def take_lease(root, holder):
@@ -946,6 +1402,7 @@ def serve_agent(root, holder, idle_s):
     if lease is None:
         say(answers, event="busy", holder=other)
         return 1
+    clear_builds(root)
     say(
         answers,
         event="hello",
@@ -956,6 +1413,7 @@ def serve_agent(root, holder, idle_s):
     )
     with contextlib.suppress(HostGone, BrokenPipeError):
         Agent(root, commands, answers, idle_s).serve()
+    clear_builds(root)
     os.close(lease)
     return 0
 
@@ -971,7 +1429,11 @@ def main():
     visit = roles.add_parser("visit")
     visit.add_argument("--root", required=True)
     visit.add_argument("--parent", type=int, required=True)
+    roles.add_parser("facts")
     given = parser.parse_args()
+    if given.role == "facts":
+        print(json.dumps(read_facts()))
+        return 0
     if given.role == "agent":
         return serve_agent(given.root, given.holder, given.idle_s)
     return serve_visit(given.root, given.parent)

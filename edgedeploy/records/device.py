@@ -46,8 +46,47 @@ class Lab(Record, frozen=True, kw_only=True):
     devices: dict[str, Device] = {}
 
 
+class Gpu(Record, frozen=True, kw_only=True):
+    """One NVIDIA GPU.
+
+    Attributes:
+        name: the driver's, or for one that is part of a chip the chip's ("Orin").
+        compute_capability: "8.7"; "" where it is not said.
+        memory_bytes: its own; None where it is not said, or shared with the processor.
+    """
+
+    name: str
+    compute_capability: str = ""
+    memory_bytes: int | None = None
+
+
+class TensorRTBindings(Record, frozen=True, kw_only=True):
+    """Python's module for TensorRT; it works in one version of Python alone.
+
+    Attributes:
+        python: "3.10"; "" where neither its folder nor its wheel says.
+        version: TensorRT's.
+        folder: where the module is.
+    """
+
+    python: str
+    version: str
+    folder: str
+
+
 class DeviceFacts(Record, frozen=True, kw_only=True):
-    """What the runner says a device is; an empty or None value means "not available", never zero."""
+    """What the runner says a device is; an empty or None value means "not available", never zero.
+
+    Attributes:
+        board: what the device tree calls the machine; "" on x86.
+        l4t: release of Jetson Linux, "36.4.3".
+        jetpack: "6.2"; by the package nvidia-jetpack, else by the release.
+        gpus: as far as files say it; no driver is loaded for it.
+        gpu_driver: version of the kernel's module.
+        cuda: version of the toolkit in /usr/local/cuda.
+        tensorrt: version of the library libnvinfer where the linker looks.
+        tensorrt_bindings: Python modules for TensorRT that were found, for whichever Python.
+    """
 
     hostname: str
     machine: str
@@ -61,3 +100,11 @@ class DeviceFacts(Record, frozen=True, kw_only=True):
     cores: int
     memory_bytes: int | None
     boot_id: str
+    board: str = ""
+    l4t: str = ""
+    jetpack: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    gpu_driver: str = ""
+    cuda: str = ""
+    tensorrt: str = ""
+    tensorrt_bindings: tuple[TensorRTBindings, ...] = ()

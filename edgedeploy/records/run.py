@@ -26,10 +26,18 @@ class Conditions(Record, frozen=True, kw_only=True):
         cpu_clocks_hz: current frequency per core.
         governors: cpufreq governor per core.
         temperatures_celsius: thermal zone → temperature.
-        throttled: the board's own throttle flag.
+        throttled: whether the board or the kernel holds its clocks down now.
+        throttle_reasons: the kernel's thermal limits that hold now, by name; () where it has some and none holds.
+        throttle_events: guard of the power supply → how often since boot it slowed the board down.
         load_1min: the kernel's one-minute load average.
         busy_core_s: CPU time used by all processes since boot (user + system), in core-seconds.
         own_core_s: CPU time used by the measured process so far.
+        power_mode: what nvpmodel was set to, "MODE_30W (2)".
+        clocks_fixed: whether the cores and the GPU have one clock only, as after jetson_clocks.
+        gpu_clock_hz, emc_clock_hz: of the GPU and of the memory's controller.
+        rails_w: supply rail → watts; an idle rail may be measured a little below zero.
+        fan_rpm: turns a minute.
+        fan_drive: share of full drive, 0 to 1.
     """
 
     monotonic_s: float
@@ -41,6 +49,15 @@ class Conditions(Record, frozen=True, kw_only=True):
     busy_core_s: float | None = None
     own_core_s: float | None = None
     free_memory_bytes: int | None = None
+    throttle_reasons: tuple[str, ...] | None = None
+    throttle_events: dict[str, int] | None = None
+    power_mode: str | None = None
+    clocks_fixed: bool | None = None
+    gpu_clock_hz: float | None = None
+    emc_clock_hz: float | None = None
+    rails_w: dict[str, float] | None = None
+    fan_rpm: float | None = None
+    fan_drive: float | None = None
 
 
 class Boundary(Record, frozen=True, kw_only=True):
@@ -103,6 +120,19 @@ class MemoryVisit(Record, frozen=True, kw_only=True):
     import_rss_bytes: int
 
 
+class LayerTime(Record, frozen=True, kw_only=True):
+    """What one operator takes while the runtime watches them all, which makes the whole slower.
+
+    Attributes:
+        name: the runtime's; kind: the runtime's word for what it computes, "" where it does not say.
+        p50_s: median over the inferences of the pass.
+    """
+
+    name: str
+    kind: str
+    p50_s: float
+
+
 class Outputs(Record, frozen=True, kw_only=True):
     """The artifact's answers on the evaluation set, computed on the device.
 
@@ -146,6 +176,7 @@ class Run(Record, frozen=True, kw_only=True):
         cell: the release file's name of the cell, or the artifact's.
         schedule: in words, how bursts were taken and alternated.
         boundary: None when not a single visit succeeded.
+        layer_times: operator by operator, from a pass of its own; empty where it was not asked for.
         golden: its answers on this device beside the golden ones; None where the artifact has none.
         side: "baseline" or "candidate" in an A/B session, "single" alone.
         events: what happened that a reader should know (a dropped pair, a child that died), in order.
@@ -161,6 +192,7 @@ class Run(Record, frozen=True, kw_only=True):
     runtime: str
     boundary: Boundary | None
     golden: Fidelity | None = None
+    layer_times: tuple[LayerTime, ...] = ()
     schedule: str
     started_utc: str
     visits: tuple[Visit, ...]

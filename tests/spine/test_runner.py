@@ -33,7 +33,8 @@ from edgedeploy.storage import sha256_bytes, sha256_file
 
 SESSION = Path(fake.__file__).with_name("session.py")
 PACKAGE = Path(transport_module.__file__).parent.parent
-QUICK = Schedule(bursts_per_visit=3, samples_per_burst=4, lead_in=1, warm_up_window=2, warm_up_tolerance=9.0)
+# However the machine is loaded, warm-up is two windows: tests count inferences to know where one goes wrong.
+QUICK = Schedule(bursts_per_visit=3, samples_per_burst=4, lead_in=1, warm_up_window=2, warm_up_tolerance=1e9)
 ARTIFACT = {
     "format": "edgedeploy.fake/1",
     "model_sha256": "",
