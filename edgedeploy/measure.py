@@ -25,7 +25,7 @@ from edgedeploy.prepare.dataset import Samples, inference_batch, load_samples, r
 from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.device import Device
 from edgedeploy.records.model import Fidelity
-from edgedeploy.records.run import ArtifactReference, Boundary, MemoryVisit, Outputs, Run, Visit
+from edgedeploy.records.run import ArtifactReference, Boundary, LayerTime, MemoryVisit, Outputs, Run, Visit
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.results import utc_now
 from edgedeploy.storage import cache_dir, sha256_file, write_atomic
@@ -55,6 +55,7 @@ class MeasureRequest:
         sides: (cell, artifact): one alone, or baseline and candidate.
         blocks: the most A/B blocks (or visits of a single artifact).
         schedule: None: the usual one, a plain loop for one artifact and a duet for two.
+        is_profiled: time single operators too, in a pass of their own.
     """
 
     sides: tuple[tuple[str, Built], ...]
@@ -64,6 +65,7 @@ class MeasureRequest:
     evaluation: Evaluation | None
     blocks: int
     schedule: Schedule | None = None
+    is_profiled: bool = False
     seed: int = 0
 
 
@@ -86,6 +88,7 @@ class _SideState:
     runtime: str = ""
     boundary: Boundary | None = None
     golden: Fidelity | None = None
+    layer_times: tuple[LayerTime, ...] = ()
     visits: list[Visit] = field(default_factory=list)
     memory: list[MemoryVisit] = field(default_factory=list)
     outputs: Outputs | None = None
@@ -180,6 +183,15 @@ class _Session:
             self._progress(f"{state.side.cell}: measuring peak memory")
             for _ in range(MEMORY_VISITS):
                 state.memory.append(visits.measure_memory(self._agent, state.side, self._schedule))
+        if self._request.is_profiled:
+            for state in self._states:
+                self._progress(f"{state.side.cell}: timing its operators one by one")
+                try:
+                    state.layer_times = visits.profile(self._agent, state.side, self._schedule)
+                except VisitFailed as error:
+                    if error.kind != "not-available":
+                        raise
+                    state.events.append(str(error))
         failures = 0
         for block in range(self._request.blocks):
             self._progress(f"{self._request.device_name}: block {block + 1} of at most {self._request.blocks}")
@@ -247,6 +259,7 @@ class _Session:
                 runtime=state.runtime,
                 boundary=state.boundary,
                 golden=state.golden,
+                layer_times=state.layer_times,
                 schedule=visits.schedule_text(self._schedule, len(self._states)),
                 started_utc=self._started_utc,
                 visits=tuple(state.visits),

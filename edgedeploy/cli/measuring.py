@@ -66,12 +66,14 @@ _BUILDING = {
     epilog="""\b
 Examples:
   edgedeploy bench build/int8 --device local --evaluation edgedeploy/demo/evaluation
+  edgedeploy bench build/int8 --profile
   edgedeploy bench model.onnx --compare-precisions --backend all --calibration samples.npz \\
       --evaluation evaluation.npz
 """,
 )
 @click.argument("artifact", metavar="ARTIFACT|MODEL")
 @click.option("--visits", type=click.IntRange(1), help="Fresh processes. [default: 5; to compare: at most 16 pairs]")
+@click.option("--profile", is_flag=True, help="Time single operators too, in a pass of their own.")
 @click.option("--compare-precisions", is_flag=True, help="Build MODEL in every precision and measure each beside fp32.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="To compare: a calibration set for int8.")
 @click.option("--target", help="To compare: a kind of device; see: edgedeploy targets list. [default: host]")
@@ -92,7 +94,13 @@ Examples:
 @console.trust_pickle_option
 @_measuring_options
 def bench_command(
-    artifact: str, visits: int | None, compare_precisions: bool, quiet: bool, as_json: bool, **given: Any
+    artifact: str,
+    visits: int | None,
+    profile: bool,
+    compare_precisions: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: Any,
 ) -> int:
     """Measure ARTIFACT (a folder that compile wrote) on a device and store the run.
 
@@ -102,6 +110,8 @@ def bench_command(
     from edgedeploy import pipeline
 
     if compare_precisions:
+        if profile:
+            raise UsageError("--profile times the operators of one artifact; leave --compare-precisions out")
         return _compare_precisions(artifact, visits, quiet, as_json, given)
     for key, flag in _BUILDING.items():
         if given.pop(key):
@@ -111,7 +121,9 @@ def bench_command(
             )
     from edgedeploy.render.text import run_text
 
-    run, path = pipeline.bench(Path(artifact), visits=visits or 5, progress=console.progress(quiet), **given)
+    run, path = pipeline.bench(
+        Path(artifact), visits=visits or 5, profile=profile, progress=console.progress(quiet), **given
+    )
     if as_json:
         console.print_json({**as_document(run), "path": str(path)})
     else:

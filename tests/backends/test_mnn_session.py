@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgedeploy.backends import session_file
-from edgedeploy.ondevice.runner import load_session_class
+from edgedeploy.ondevice.runner import load_device_half
 from tests.backends.mnn_files import write_mnn
 
 pytest.importorskip("MNN", reason="needs MNN; pip install 'edgedeploy[mnn]'")
@@ -90,7 +90,7 @@ MIXED = {
 
 
 def load(path: Path, **options: Any) -> Any:
-    return load_session_class(str(SESSION))(str(path), options)
+    return load_device_half(str(SESSION)).Session(str(path), options)
 
 
 def packed(arrays: dict[str, np.ndarray]) -> dict[str, tuple[bytes, str, list[int]]]:
@@ -307,7 +307,7 @@ def test_profile_names_every_operator_and_changes_no_answer(image_net):
         session.infer()
         np.testing.assert_array_equal(fetched(session)["y"], before)
     assert {kind for _, kind, _ in times} >= {"Convolution", "Raster"}
-    assert all(time_us > 0 for *_, time_us in times)
+    assert all(0 < time_s < 1 for *_, time_s in times)
 
 
 def test_memory_is_what_mnn_says_and_grows_with_the_batch(image_net):
@@ -340,8 +340,8 @@ def test_empty_model_of_a_failed_conversion_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def file_class(image_net) -> Any:
-    load_session_class(str(SESSION))
-    return sys.modules["edgedeploy_session"].File
+    load_device_half(str(SESSION))
+    return sys.modules["edgedeploy_device_half"].File
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -385,7 +385,7 @@ import sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 import runner
-with runner.load_session_class(sys.argv[2])(sys.argv[3], {}) as session:
+with runner.load_device_half(sys.argv[2]).Session(sys.argv[3], {}) as session:
     x = np.ones((1, 3, 10, 14), "float32")
     session.bind({"x": (x.tobytes(), "float32", list(x.shape))})
     session.infer()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgedeploy.backends import session_file
-from edgedeploy.ondevice.runner import Refusal, load_session_class
+from edgedeploy.ondevice.runner import Refusal, load_device_half
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert; pip install 'edgedeploy[tflite]'")
 from tests.backends.tflite_files import File, Operator, schema
@@ -65,7 +65,7 @@ def image_net(tmp_path_factory) -> Path:
 
 
 def load(path: Path, **options: Any) -> Any:
-    return load_session_class(str(SESSION))(str(path), options)
+    return load_device_half(str(SESSION)).Session(str(path), options)
 
 
 def packed(arrays: dict[str, np.ndarray]) -> dict[str, tuple[bytes, str, list[int]]]:
@@ -374,7 +374,7 @@ def only_tflite_runtime(tmp_path, monkeypatch):
 def test_tflite_runtime_is_never_imported_under_numpy_2():
     assert np.lib.NumpyVersion(np.__version__) >= "2.0.0"
     with pytest.raises(Refusal, match=r"built for numpy 1, and this interpreter has numpy 2.*numpy<2.*ai-edge-litert"):
-        load_session_class(str(SESSION))
+        load_device_half(str(SESSION))
     assert not [name for name in sys.modules if name.startswith("tflite_runtime")]
 
 
@@ -385,7 +385,7 @@ def test_tflite_runtime_refuses_half_float_inputs(tmp_path, monkeypatch):
         tensors={"x": ("float16", (1, 4)), "y": ("float32", (1, 4))}, inputs=("x",), outputs=("y",),
         operators=(Operator("CAST", ("x",), ("y",), schema.CastOptionsT()),),
     ).write(tmp_path / "net")  # fmt: skip
-    session_class = load_session_class(str(SESSION))
+    session_class = load_device_half(str(SESSION)).Session
     assert session_class.runtime.startswith("tflite tflite-runtime-")
     with pytest.raises(ValueError, match="'x' is float16"):
         session_class(str(path), {})
@@ -404,7 +404,7 @@ def write_hybrid(path: Path, channels: int) -> Path:
 @pytest.mark.usefixtures("only_tflite_runtime")
 def test_tflite_runtime_refuses_what_it_computes_wrongly(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "__version__", "1.26.4")
-    session_class = load_session_class(str(SESSION))
+    session_class = load_device_half(str(SESSION)).Session
     with pytest.raises(ValueError, match="'w' multiplies float activations"):
         session_class(str(write_hybrid(tmp_path / "each", 6)), {})
     with session_class(str(write_hybrid(tmp_path / "one", 1)), {}) as session:
@@ -424,7 +424,7 @@ def test_litert_computes_what_tflite_runtime_does_not(tmp_path):
 def test_device_without_a_runtime_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(Refusal, match="no module 'ai_edge_litert'; install it") as refused:
-        load_session_class(str(SESSION))
+        load_device_half(str(SESSION))
     assert refused.value.kind == "missing-runtime"
 
 
@@ -433,9 +433,9 @@ REAL = """
 import json, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from runner import load_session_class
+from runner import load_device_half
 answers = {}
-Session = load_session_class(sys.argv[2])
+Session = load_device_half(sys.argv[2]).Session
 with Session(sys.argv[3], json.loads(sys.argv[4])) as session:
     for count in (1, 3):
         x = np.random.default_rng(count).standard_normal((count, 3, 4, 6)).astype("float32")

@@ -391,7 +391,7 @@ class Session:
         return round(self._network.info(MEMORY_MIB) * 2**20)
 
     def profile(self, runs=10):
-        """Return [(operator's name, its kind, microseconds)] in order, each the median of `runs` inferences.
+        """Return [(operator's name, its kind, seconds)] in order, each the median of `runs` inferences.
 
         A session of its own computes them, in which MNN calls us around every operator. Their sum is more than an
         inference takes, and nothing of it is inside what infer takes.
@@ -408,4 +408,4 @@ class Session:
         finally:
             network.close()
         times = [statistics.median(one[2] for one in same) for same in zip(*passes)]
-        return [(name, kind, time_ns / 1e3) for (name, kind, _), time_ns in zip(passes[0], times)]
+        return [(name, kind, time_ns / 1e9) for (name, kind, _), time_ns in zip(passes[0], times)]

@@ -317,7 +317,7 @@ class Session:
         outside = [node["op_name"] for node in nodes if node["op_name"] != "DELEGATE" and node["index"] not in inside]
         return len(inside), len(inside) + len(outside), dict(sorted(collections.Counter(outside).items()))
 
-    def profile(self):
+    def profile(self, runs=10):
         """Refuse: the interpreter's Python side gives no times of single operators."""
         raise NotImplementedError(
             "TFLite's Python interpreter says no times of single operators; use the C++ tool benchmark_model with "
