@@ -110,6 +110,9 @@ class Model(Record, frozen=True, kw_only=True):
         fidelity: every conversion so far, compared with what it was converted from.
         kinds: what compression was found in the source.
         quantization: the quantization that the source carried; None for a float model.
+        check_inputs: a safetensors file of samples, one tensor an input, for a back end to check what it rewrites on.
+        beyond_half: tensor → its largest magnitude on the samples, where that is too large for float16; filled in for
+            back ends that compute in half floats.
     """
 
     format: str = FORMAT
@@ -124,3 +127,5 @@ class Model(Record, frozen=True, kw_only=True):
     fidelity: tuple[Fidelity, ...] = ()
     kinds: tuple[FoundCompression, ...] = ()
     quantization: SourceQuantization | None = None
+    check_inputs: str = ""
+    beyond_half: dict[str, float] = {}
