@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
 import shutil
 import tempfile
@@ -36,9 +37,14 @@ Progress = Callable[[str], None]
 
 MANIFEST = "manifest.json"
 QUANTIZATION = "quantization.json"
+# What a device builds an artifact from, where the artifact is tied to the device.
+KIT = "model.kit"
+# What a runtime's builder says of each kernel; and the tactics that it measured.
+LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
 # Everything on the host that can change an artifact's bytes; a back end adds its own packages.
 _EXPORT_PACKAGES = ("torch", "onnxscript")
 _GRAPH_PACKAGES = ("numpy", "onnx", "onnxslim", "onnxruntime")
+_WIDENED = "its weights are widened when it is loaded, and it computes in float32"
 # Samples that a conversion is checked on when there is no calibration set: enough to see a wrong axis or a lost branch.
 _RANDOM_SAMPLES = 16
 
@@ -103,7 +109,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     folder = cache_dir() / "artifacts" / key
     if advice := _advice(request, target):
         progress(f"{request.name}: {advice}")
-    if not request.rebuild and (stored := _stored(folder, key)):
+    if not request.rebuild and (stored := stored_artifact(folder, key)):
         # What the label says is no part of the recipe: it changes no byte, but it may be wrong today.
         if request.declared not in (None, Declared()):
             _demand_declared(request, canonical_model(request, progress))
@@ -113,22 +119,31 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         raise BackendMissing(reason)
     if runtime.tools is not None:
         runtime.tools.python(progress)
-    with _staging(folder) as work:
+    with staging(folder) as work:
         model = canonical_model(request, progress)
         _demand_declared(request, model)
         # Opened once, however many steps look at them.
         samples = cache(lambda: _samples(request, model.inputs))
         formed = _formed(request, model, target.quantization.get(runtime.name), samples, work, progress)
+        if request.precision == "fp16" and not runtime.computes_in_half:
+            formed = dataclasses.replace(formed, notes=(*formed.notes, _WIDENED))
+        if runtime.computes_in_half and request.precision != "fp32":
+            from edgedeploy.prepare.half_range import beyond_half
+
+            progress(f"{request.name}: looking for values beyond float16")
+            limited = msgspec.structs.replace(formed.model, beyond_half=beyond_half(formed.model, samples()))
+            formed = dataclasses.replace(formed, model=limited)
         if formed.table:
             write_json(work / QUANTIZATION, formed.table)
-        file = work / f"model{runtime.suffix}"
+        file = work / (KIT if runtime.builds_on == "device" else f"model{runtime.suffix}")
         progress(f"{request.name}: compiling for {target.name} with {runtime.name} {request.precision}")
-        runtime.compile(formed.model, target, options, file)
-        layers = runtime.inspect(file)
-        survival = _survival(request, model, formed, layers)
         kept = None
         if runtime.computes:
             kept = golden.write_golden(formed.model, request.precision, samples(), work)
+        checked = msgspec.structs.replace(formed.model, check_inputs=str(work / golden.INPUTS) if kept else "")
+        runtime.compile(checked, target, options, file)
+        layers = runtime.inspect(file)
+        survival = _survival(request, model, formed, layers)
         artifact = Artifact(
             name=f"{request.name}-{target.name}-{runtime.name}-{request.precision}",
             file=file.name,
@@ -143,7 +158,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             layers=layers,
             survival=survival,
             golden=kept,
-            notes=_notes(*(item.note for item in model.kinds), *formed.notes, *layers.notes, advice),
+            notes=joined_notes(*(item.note for item in model.kinds), *formed.notes, *layers.notes, advice),
             created_utc=utc_now(),
         )
         artifact = _proven(runtime, target, artifact, work, progress)
@@ -173,11 +188,12 @@ def load_artifact(folder: Path) -> Built:
 
 def deliver(built: Built, folder: Path) -> Built:
     """Copy an artifact and its manifest into a folder; the manifest goes last, so that it never describes a torso."""
-    for name in (built.artifact.file, QUANTIZATION, golden.INPUTS, golden.OUTPUTS, MANIFEST):
+    beside = (QUANTIZATION, LAYERS, TIMING_CACHE, golden.INPUTS, golden.OUTPUTS)
+    for name in (built.artifact.file, *beside, MANIFEST):
         if (built.folder / name).is_file():
             with atomic_path(folder / name) as part:
                 shutil.copyfile(built.folder / name, part)
-        else:  # a table that an int8 artifact left there before says nothing about this one
+        else:  # what another artifact left there before says nothing about this one
             (folder / name).unlink(missing_ok=True)
     return Built(built.artifact, folder, built.is_cached)
 
@@ -194,13 +210,14 @@ def _proven(runtime: Backend, target: Target, artifact: Artifact, folder: Path, 
         answered = golden.replay_here(runtime, artifact, folder)
         if answered is not None:
             return msgspec.structs.replace(artifact, fidelity=(*artifact.fidelity, answered))
-        why = f"the runtime of {runtime.name} is missing"
+        why = f"{runtime.name} cannot run"
     later = "they are compared on the device before a number counts"
     note = f"its golden answers were not compared here, where {why}; {later}"
-    return msgspec.structs.replace(artifact, notes=_notes(*artifact.notes, note))
+    return msgspec.structs.replace(artifact, notes=joined_notes(*artifact.notes, note))
 
 
-def _notes(*sentences: str) -> tuple[str, ...]:
+def joined_notes(*sentences: str) -> tuple[str, ...]:
+    """Return what there is to say, each sentence once."""
     return tuple(dict.fromkeys(sentence for sentence in sentences if sentence))
 
 
@@ -294,7 +311,7 @@ def _version(package: str) -> str:
     return installed_version(package) or "not installed"
 
 
-def _stored(folder: Path, key: str) -> Artifact | None:
+def stored_artifact(folder: Path, key: str) -> Artifact | None:
     """Return the cached artifact if it is whole; a damaged one is built anew."""
     try:
         built = load_artifact(folder)
@@ -303,7 +320,7 @@ def _stored(folder: Path, key: str) -> Artifact | None:
     return built.artifact if built.artifact.key == key else None
 
 
-class _staging:
+class staging:
     """A folder beside `final` that takes its place when the block succeeds and vanishes when it does not."""
 
     def __init__(self, final: Path) -> None:
@@ -358,7 +375,7 @@ def canonical_model(request: BuildRequest, progress: Progress) -> Model:
 
     progress(f"{request.name}: loading {request.source}")
     loaded = load(request.source, request.weights, base=request.base, trust_pickle=request.trust_pickle)
-    with _staging(folder) as stage:
+    with staging(folder) as stage:
         scratch = stage / "scratch"
         scratch.mkdir()
         samples = _samples(request, request.inputs or declared_inputs(loaded) or ())

@@ -59,7 +59,7 @@ def read_json(path: Path, record: type[RecordType], kind: str, upgrades: Upgrade
     text = _read_text(path)
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DocumentError(f"{path} is not valid JSON (truncated, or not written by edgedeploy?): {error}") from error
     if not isinstance(data, dict):
         raise DocumentError(f"{path} holds a JSON {type(data).__name__}, not an edgedeploy document")

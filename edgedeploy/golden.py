@@ -86,7 +86,7 @@ def replay(agent: Agent, transport: Transport, side: Side, golden: Golden, folde
         DeviceError: it did not answer.
     """
     side = dataclasses.replace(side, inputs_sha256=golden.inputs_sha256, batch=golden.batch)
-    return _compared(_answers(agent, transport, side), golden, folder, where)
+    return _compared(answers_there(agent, transport, side), golden, folder, where)
 
 
 def _compared(found: dict[str, Any], golden: Golden, folder: Path, where: str) -> Fidelity:
@@ -169,10 +169,11 @@ def answers_here(artifact: Artifact, file: Path, inputs: Path, *, batch: int) ->
         bundle.connect(transport, Device(transport="local", root=root), device_name="local") as agent,
     ):
         bundle.ship(agent, transport, files)
-        return _answers(agent, transport, side)
+        return answers_there(agent, transport, side)
 
 
-def _answers(agent: Agent, transport: Transport, side: Side) -> dict[str, Any]:
+def answers_there(agent: Agent, transport: Transport, side: Side) -> dict[str, Any]:
+    """Return a side's answers to its inputs, computed on a device where everything has been shipped."""
     with tempfile.TemporaryDirectory(prefix="edgedeploy-") as scratch:
         fetched = Path(scratch) / "answers.safetensors"
         visits.compute_outputs(agent, transport, side, fetched)

@@ -41,6 +41,7 @@ from edgedeploy.build import (
     this_target,
 )
 from edgedeploy.documents import closest, write_json
+from edgedeploy.engines import engine, is_tied_to_device
 from edgedeploy.errors import (
     BackendMissing,
     DeviceError,
@@ -65,9 +66,16 @@ from edgedeploy.records.verdict import CellVerdict, Contender, Policy, Verdict
 from edgedeploy.results import Results, load_run, utc_now
 from edgedeploy.storage import cache_dir, write_atomic
 
+# What a verb takes for a file or a folder; a relative one starts at the working directory.
+AnyPath = str | Path
+
 
 def _silent(text: str) -> None:
     """Tell nobody."""
+
+
+def _path(given: AnyPath | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,7 @@ class Outcome:
 
 
 def run(
-    release_file: Path,
+    release_file: AnyPath,
     *,
     cells: Sequence[str] = (),
     targets: Sequence[str] = (),
@@ -113,8 +121,8 @@ def run(
     rebuild: bool = False,
     trust_pickle: bool = False,
     seed: int = 0,
-    lab: Path | None = None,
-    results: Path = Path("bench_results"),
+    lab: AnyPath | None = None,
+    results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> Outcome:
     """Build, measure and judge every candidate cell of a release file.
@@ -123,6 +131,7 @@ def run(
     `Outcome.problems`.
 
     Args:
+        release_file, lab, results: as text or Path.
         cells: names of candidate cells; empty: all.
         targets: only the cells of these targets; "all": every one, on every runtime that is installed for it.
         backends: each candidate on these runtimes too, or on "all"; what is not installed stands in
@@ -132,30 +141,39 @@ def run(
         UsageError: the release file, a name or a file in it is wrong.
         EdgedeployError: the only cell could not be built or measured; what was measured is stored and named.
     """
+    release_file = Path(release_file)
     release, policy = read_release(release_file)
-    inventory = load_lab(lab_path(lab))
+    inventory = load_lab(lab_path(_path(lab)))
     chosen = _chosen_cells(release_file, release, cells, targets, backends)
     for one in chosen.absent:
         progress(f"{one.cell}: left out: {one.absent}")
     built: dict[str, Built] = {}
+    placed: dict[tuple[str, str], Built] = {}
     pairs: list[Pair] = []
     absent, problems = list(chosen.absent), list[CellVerdict]()
     for candidate, baseline in chosen.pairs:
         try:
+            place = device_of(inventory, candidate.device)
+            sides = []
             for cell in (baseline, candidate):
                 if cell.name not in built:
                     request = _request(release_file, release, cell, rebuild, trust_pickle)
                     built[cell.name] = build(request, progress)
+                # Both are measured on the candidate's device, whatever device a baseline's own cell names.
+                spot = (cell.name, candidate.device)
+                if spot not in placed:
+                    placed[spot] = engine(built[cell.name], candidate.device, place, progress, rebuild=rebuild)
+                sides.append((cell.name, placed[spot]))
             session = MeasureRequest(
-                sides=((baseline.name, built[baseline.name]), (candidate.name, built[candidate.name])),
+                sides=tuple(sides),
                 device_name=candidate.device,
-                device=device_of(inventory, candidate.device),
+                device=place,
                 limits=_limits(candidate.target),
                 evaluation=_evaluation(release_file, release),
                 blocks=policy.max_blocks,
                 seed=seed,
             )
-            pairs.append(_measured_pair(session, policy, len(chosen.pairs), Results(results), progress))
+            pairs.append(_measured_pair(session, policy, len(chosen.pairs), Results(Path(results)), progress))
         except (ModelError, ToolchainError, DeviceError) as error:
             if len(chosen.pairs) == 1:
                 raise
@@ -163,16 +181,17 @@ def run(
             is_problem = candidate.name not in chosen.notes or not _is_not_installed(error)
             absent.append(_unmeasured(candidate, baseline, error, "INCONCLUSIVE" if is_problem else None))
             problems += [_unjudged(candidate, baseline, error)] if is_problem else []
-    artifacts = {name: one.artifact for name, one in built.items()}
+    artifacts = {name: one.artifact for (name, _), one in placed.items()}
     outcome = _judged(release.name, pairs, policy, artifacts, _leakage_notes(release_file, release, artifacts))
     outcome = _side_by_side(_with_problems(outcome, problems), absent, chosen.notes)
     return dataclasses.replace(outcome, other_runtimes=chosen.other_runtimes)
 
 
 def plan(
-    release_file: Path, *, cells: Sequence[str] = (), targets: Sequence[str] = (), backends: Sequence[str] = ()
+    release_file: AnyPath, *, cells: Sequence[str] = (), targets: Sequence[str] = (), backends: Sequence[str] = ()
 ) -> list[str]:
-    """Return in words what `run` would do, without doing it."""
+    """Return in words what `run` would do, without doing it; its arguments are those of `run`."""
+    release_file = Path(release_file)
     release, policy = read_release(release_file)
     steps = []
     chosen = _chosen_cells(release_file, release, cells, targets, backends)
@@ -193,19 +212,21 @@ def plan(
 
 
 def compile(
-    source: str,
+    source: AnyPath,
     *,
-    weights: Path | None = None,
+    weights: AnyPath | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     target: str = "host",
     backend: str = "onnxruntime",
     precision: str = "fp32",
-    calibration: Path | None = None,
+    calibration: AnyPath | None = None,
     options: Mapping[str, OptionValue] | None = None,
     quantization: Sequence[str] | QuantizationPolicy = (),
     allow_loss: bool = False,
-    output: Path | None = None,
+    output: AnyPath | None = None,
     name: str | None = None,
+    device: str = "",
+    lab: AnyPath | None = None,
     trust_pickle: bool = False,
     rebuild: bool = False,
     progress: Progress = _silent,
@@ -213,10 +234,18 @@ def compile(
     """Turn a model into an artifact; with `output`, copy it and its manifest there.
 
     Args:
+        source: a file, as text or Path, or "package.module:factory".
+        weights, calibration, output, lab: files and folders, likewise.
         quantization: how a float model is quantized, as a record or as texts "ranges=mse".
         allow_loss: build even what cannot keep the model's compression; the manifest then says what is lost.
+        device: where artifacts are built that are tied to a device; its name in the lab file.
     """
-    policy = _policy(quantization)
+    if device and not is_tied_to_device(backend):
+        raise UsageError(f"{backend} compiles on this machine; leave --device {device} out, and give it to bench")
+    if not device and is_tied_to_device(backend):
+        raise UsageError(f"{backend} builds its artifacts on the device that runs them; name it with --device")
+    place = device_of(load_lab(lab_path(_path(lab))), device) if device else None
+    source, policy = str(source), _policy(quantization)
     if quantization and precision != "int8" and not isinstance(quantization, QuantizationPolicy):
         raise UsageError(
             f"-Q {quantization[0]} says how int8 is made, and the precision is {precision}; add --precision int8, or "
@@ -226,12 +255,12 @@ def compile(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
-        weights=weights,
+        weights=_path(weights),
         inputs=parse_inputs(inputs),
         target=target,
         backend=backend,
         precision=precision_from_text(precision),
-        calibration=calibration,
+        calibration=_path(calibration),
         options=options or {},
         policy=policy,
         allow_loss=allow_loss,
@@ -239,14 +268,16 @@ def compile(
         rebuild=rebuild,
     )
     built = build(request, progress)
-    return built if output is None else deliver(built, output)
+    if place is not None:
+        built = engine(built, device, place, progress, rebuild=rebuild)
+    return built if output is None else deliver(built, Path(output))
 
 
 def sensitivity(
-    source: str,
+    source: AnyPath,
     *,
-    calibration: Path,
-    weights: Path | None = None,
+    calibration: AnyPath,
+    weights: AnyPath | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     target: str = "host",
     backend: str = "onnxruntime",
@@ -258,7 +289,7 @@ def sensitivity(
     """Say what a model gains in int8 when one layer after another stays float, and what that costs.
 
     Args:
-        calibration: everything is measured on it.
+        calibration: a folder or an .npz, as text or Path, like `weights`; everything is measured on it.
         quantization: as for `compile`; `max_float_layers` and `budget_db` say where the curve ends.
 
     Raises:
@@ -267,6 +298,7 @@ def sensitivity(
     from edgedeploy.prepare.dataset import load_samples
     from edgedeploy.prepare.ptq.step_costs import sensitivity_of
 
+    source = str(source)
     resolved, here = this_target(target), this_target("host")
     rules = resolved.quantization.get(backend)
     if rules is None:
@@ -276,18 +308,18 @@ def sensitivity(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
-        weights=weights,
+        weights=_path(weights),
         inputs=parse_inputs(inputs),
         target=target,
         backend=backend,
         precision="int8",
-        calibration=calibration,
+        calibration=Path(calibration),
         trust_pickle=trust_pickle,
     )
     model = canonical_model(request, progress)
     return sensitivity_of(
         model,
-        load_samples(calibration, model.inputs),
+        load_samples(Path(calibration), model.inputs),
         rules,
         _policy(quantization),
         name=request.name,
@@ -300,55 +332,62 @@ def sensitivity(
 
 
 def bench(
-    artifact: Path,
+    artifact: AnyPath,
     *,
     device: str = "local",
-    lab: Path | None = None,
-    evaluation: Path | None = None,
+    lab: AnyPath | None = None,
+    evaluation: AnyPath | None = None,
     metric: str = "top1",
     output_name: str = "",
     visits: int = 5,
+    profile: bool = False,
     seed: int = 0,
-    results: Path = Path("bench_results"),
+    results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> tuple[Run, Path]:
-    """Measure one artifact and store the run; return it and its file."""
-    built = load_artifact(artifact)
+    """Measure one artifact and store the run; return it and its file.
+
+    Args:
+        profile: time single operators too, in a pass of their own, where the runtime can.
+        artifact: a folder that `compile` wrote, as text or Path, like `lab`, `evaluation` and `results`.
+    """
+    built = load_artifact(Path(artifact))
     request = MeasureRequest(
         sides=((built.artifact.name, built),),
         device_name=device,
-        device=device_of(load_lab(lab_path(lab)), device),
+        device=device_of(load_lab(lab_path(_path(lab))), device),
         limits=_limits(built.artifact.recipe.target),
-        evaluation=Evaluation(path=evaluation, metric=metric, output=output_name) if evaluation else None,
+        evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
         blocks=visits,
+        is_profiled=profile,
         seed=seed,
     )
-    (stored,) = _stored_runs(request, lambda runs: False, Results(results), progress)
+    (stored,) = _stored_runs(request, lambda runs: False, Results(Path(results)), progress)
     return stored.run, Path(stored.file)
 
 
 def compare_precisions(
-    source: str,
+    source: AnyPath,
     *,
-    weights: Path | None = None,
+    weights: AnyPath | None = None,
     inputs: Sequence[str | TensorSpec] = (),
     target: str = "host",
     backends: Sequence[str] = ("onnxruntime",),
-    calibration: Path | None = None,
+    calibration: AnyPath | None = None,
     options: Mapping[str, OptionValue] | None = None,
     quantization: Sequence[str] | QuantizationPolicy = (),
     allow_loss: bool = False,
     name: str | None = None,
     trust_pickle: bool = False,
     device: str = "local",
-    lab: Path | None = None,
-    evaluation: Path | None = None,
+    lab: AnyPath | None = None,
+    evaluation: AnyPath | None = None,
     metric: str = "top1",
     output_name: str = "",
     margin: str = "",
     max_blocks: int = 16,
     seed: int = 0,
-    results: Path = Path("bench_results"),
+    results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> Comparison:
     """Build a model in every precision that a target and its back ends allow, and measure each beside fp32.
@@ -358,6 +397,7 @@ def compare_precisions(
 
     Args:
         source: a model reference, as for `compile`; with weights, inputs and quantization likewise.
+        lab, evaluation, results: as text or Path.
         backends: names, or "all": each that the target has rules for.
         calibration: what int8 is calibrated on; without it, only a model that brings its own scales becomes int8.
         margin: how much accuracy may be lost and still count as kept; "": "accuracy=-1pt", or "accuracy=+5%" for mae.
@@ -367,6 +407,7 @@ def compare_precisions(
         UsageError: a name or a file is wrong, or `source` is an artifact.
         EdgedeployError: nothing at all could be measured.
     """
+    source = str(source)
     if _is_artifact(source):
         raise UsageError(
             f"{source} is an artifact, which has one precision; give the model that it was made from, and every "
@@ -378,12 +419,12 @@ def compare_precisions(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
-        weights=weights,
+        weights=_path(weights),
         inputs=parse_inputs(inputs),
         target=target,
         backend="",
         precision="fp32",
-        calibration=calibration,
+        calibration=_path(calibration),
         options=options or {},
         policy=_policy(quantization),
         allow_loss=allow_loss,
@@ -398,13 +439,13 @@ def compare_precisions(
         MeasureRequest(
             sides=(),
             device_name=device,
-            device=device_of(load_lab(lab_path(lab)), device),
+            device=device_of(load_lab(lab_path(_path(lab))), device),
             limits=resolved.conditions,
-            evaluation=Evaluation(path=evaluation, metric=metric, output=output_name) if evaluation else None,
+            evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
             seed=seed,
         ),
-        Results(results),
+        Results(Path(results)),
         progress,
     )
     for backend, state in states.items():
@@ -416,31 +457,33 @@ def compare_precisions(
 
 
 def gate(
-    candidate: str,
+    candidate: AnyPath,
     *,
-    baseline: str | None = None,
+    baseline: AnyPath | None = None,
     margins: Sequence[str] = (),
     max_blocks: int = 16,
     device: str = "local",
-    lab: Path | None = None,
-    evaluation: Path | None = None,
+    lab: AnyPath | None = None,
+    evaluation: AnyPath | None = None,
     metric: str = "top1",
     output_name: str = "",
     seed: int = 0,
-    results: Path = Path("bench_results"),
+    results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> Outcome:
     """Judge a candidate against a baseline: two artifact folders are measured, two stored runs are judged as they are.
 
     Args:
-        candidate: an artifact folder, or a stored run.
+        candidate: an artifact folder, or a stored run, as text or Path.
         baseline: likewise; None: the blessed run of the candidate's target and model.
+        lab, evaluation, results: as text or Path.
         margins: "metric=amount"; empty: accuracy=-1pt, latency_p50=+5%, peak_memory=+10%, artifact_size=+10%.
     """
+    candidate, baseline = str(candidate), None if baseline is None else str(baseline)
     policy = Policy(
         margins=margins_from_texts(margins or DEFAULT_MARGINS), max_blocks=max_blocks, min_blocks=min(4, max_blocks)
     )
-    store = Results(results)
+    store = Results(Path(results))
     artifacts: dict[str, Artifact] = {}
     if _is_artifact(candidate):
         if baseline is None or not _is_artifact(baseline):
@@ -455,9 +498,9 @@ def gate(
         request = MeasureRequest(
             sides=sides,
             device_name=device,
-            device=device_of(load_lab(lab_path(lab)), device),
+            device=device_of(load_lab(lab_path(_path(lab))), device),
             limits=_limits(sides[1][1].artifact.recipe.target),
-            evaluation=Evaluation(path=evaluation, metric=metric, output=output_name) if evaluation else None,
+            evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
             seed=seed,
         )
@@ -468,21 +511,24 @@ def gate(
 
 
 def inspect(
-    model: str,
+    model: AnyPath,
     *,
-    weights: Path | None = None,
+    weights: AnyPath | None = None,
     inputs: Sequence[str] = (),
-    reference: str | None = None,
+    reference: AnyPath | None = None,
     trust_pickle: bool = False,
     progress: Progress = _silent,
 ) -> Model | Artifact:
     """Return what a model is: its Artifact for a folder that `compile` wrote, else its Model after export.
 
     Args:
+        weights: a file, as text or Path.
         reference: the same network before channels were removed, in any form that `model` may have.
     """
     from edgedeploy.prepare.count.compression import compression_report
     from edgedeploy.prepare.count.statements import statements
+
+    model, reference = str(model), None if reference is None else str(reference)
 
     def canonical(source: str, given: Path | None) -> Model:
         request = BuildRequest(
@@ -505,7 +551,7 @@ def inspect(
         report = compression_report(built.file, reference=_dense(reference, canonical))
         report = msgspec.structs.replace(report, statements=built.artifact.compression.statements)
         return msgspec.structs.replace(built.artifact, compression=report)
-    found = canonical(model, weights)
+    found = canonical(model, _path(weights))
     dense = _dense(reference, canonical) if reference else None
     report = compression_report(Path(found.path), table=found.quantization, reference=dense)
     made = statements(found.kinds, report, None)
@@ -519,8 +565,9 @@ def _dense(reference: str, canonical: Callable[[str, Path | None], Model]) -> Pa
     return Path(canonical(reference, None).path)
 
 
-def init(path: Path, *, force: bool = False) -> Path:
-    """Write a commented release file."""
+def init(path: AnyPath, *, force: bool = False) -> Path:
+    """Write a commented release file to a path or into a folder, given as text or Path; return where it is."""
+    path = Path(path)
     if path.is_dir():
         path = path / "edgedeploy.toml"
     if path.exists() and not force:
@@ -530,16 +577,17 @@ def init(path: Path, *, force: bool = False) -> Path:
 
 
 def write_reports(
-    outcome: Outcome, *, junit: Path | None = None, markdown: Path | None = None, html: Path | None = None
+    outcome: Outcome, *, junit: AnyPath | None = None, markdown: AnyPath | None = None, html: AnyPath | None = None
 ) -> None:
-    """Write the verdict in the forms that were asked for, and note in `outcome.files` where."""
+    """Write the verdict in the forms that were asked for, by text or Path, and note in `outcome.files` where."""
     from edgedeploy.render.html import report_html
     from edgedeploy.render.junit import verdict_junit
     from edgedeploy.render.markdown import verdict_markdown
 
+    html = _path(html)
     forms: dict[str, tuple[Path | None, Callable[[], str]]] = {
-        "JUnit": (junit, lambda: verdict_junit(outcome.verdict)),
-        "Markdown": (markdown, lambda: verdict_markdown(outcome.verdict, outcome.runs, outcome.artifacts)),
+        "JUnit": (_path(junit), lambda: verdict_junit(outcome.verdict)),
+        "Markdown": (_path(markdown), lambda: verdict_markdown(outcome.verdict, outcome.runs, outcome.artifacts)),
         "report": (html, lambda: report_html(outcome.verdict, outcome.runs, outcome.artifacts)),
     }
     for label, (path, render) in forms.items():
@@ -551,10 +599,10 @@ def write_reports(
         outcome.files["verdict"] = html.with_suffix(".json")
 
 
-def report_path(outcome: Outcome, results: Path) -> Path:
+def report_path(outcome: Outcome, results: AnyPath) -> Path:
     """Return where `run` puts its HTML report and verdict by default."""
     time = re.sub(r"[^0-9TZ]", "", outcome.verdict.judged_utc)
-    return results / "reports" / f"{time}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.verdict.name)}.html"
+    return Path(results) / "reports" / f"{time}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.verdict.name)}.html"
 
 
 # ---------------------------------------------------------------- what the verbs share
@@ -870,7 +918,8 @@ class _Comparing:
         for precision in allowed_precisions(self.target, state):
             try:
                 built = build(dataclasses.replace(self.request, backend=backend, precision=precision), self.progress)
-            except (ModelError, ToolchainError) as error:
+                built = engine(built, self.session.device_name, self.session.device, self.progress)
+            except (ModelError, ToolchainError, DeviceError) as error:
                 self._fail(backend, precision, error)
             except UsageError as error:
                 # What is missing for int8 alone, a calibration set, need not keep the others from being compared.

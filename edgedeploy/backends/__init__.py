@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from edgedeploy.backends.toolenv import ToolEnvironment
-from edgedeploy.documents import closest, to_builtins
+from edgedeploy.documents import closest, complaint, to_builtins
 from edgedeploy.errors import BackendMissing, UsageError
 from edgedeploy.records.artifact import Artifact, LayerReport
 from edgedeploy.records.model import Model
@@ -37,6 +37,8 @@ class Backend(Protocol):
         packages: distributions whose versions decide the artifact's bytes; they enter the recipe.
         tools: the environment that its converter runs in, whose versions enter the recipe too; None: this one.
         computes: whether its sessions compute the model, so that golden answers can be expected of them.
+        computes_in_half: whether fp16, and what stays float in int8, is computed in half floats, which overflow: the
+            pipeline then says in Model.beyond_half which tensors would.
         int8_is_portable: whether int8 made for another processor gives the same answers on this machine.
     """
 
@@ -48,6 +50,7 @@ class Backend(Protocol):
     packages: tuple[str, ...]
     tools: ToolEnvironment | None
     computes: bool
+    computes_in_half: bool
     int8_is_portable: bool
 
     def missing(self) -> str | None:
@@ -64,6 +67,22 @@ class Backend(Protocol):
 
     def inspect(self, artifact: Path) -> LayerReport:
         """Say what precision each layer of a compiled file really got."""
+
+
+class DeviceBuilt(Backend, Protocol):
+    """A runtime whose artifacts are tied to the device: `compile` writes a kit, which a builder there works from.
+
+    Attributes:
+        builder: the file that is shipped; it has probe() and build(), as ondevice/runner.py says.
+        engine_options: names of the options that decide what is built of a kit; the others are the session's, or have
+            already shaped the kit.
+    """
+
+    builder: Path
+    engine_options: frozenset[str]
+
+    def built_report(self, kit: Path, made: Mapping[str, Path], options: Any) -> LayerReport:
+        """Say what precision each layer of a built artifact got, from what its builder made beside it."""
 
 
 def load_backends() -> tuple[dict[str, Backend], dict[str, str]]:
@@ -100,7 +119,12 @@ def backend(name: str) -> Backend:
 
 
 def session_file(name: str) -> Path:
-    """Return the device half of a back end, which is shipped as it is."""
+    """Return the device half of a back end, which is shipped as it is.
+
+    It is session.py of its folder, or what the back end names as `device_half` (one for several back ends).
+    """
+    if shared := getattr(backend(name), "device_half", None):
+        return Path(shared)
     module = importlib.import_module(type(backend(name)).__module__)
     assert module.__file__ is not None
     return Path(module.__file__).parent / "session.py"
@@ -109,20 +133,27 @@ def session_file(name: str) -> Path:
 def session_options(artifact: Artifact) -> dict[str, Any]:
     """Return what the device half of an artifact is opened with: its options, and what its tensors are called and hold.
 
-    Some runtimes answer int32 where the model says int64 or bool; the session gives back what the model says.
+    Some runtimes answer int32 where the model says int64 or bool; the session gives back what the model says. A device
+    half that serves several back ends is told which; one whose artifacts are tied to a device, to which.
     """
     ports: dict[str, dict[str, Any]] = {name: dict(to_builtins(port)) for name, port in artifact.layers.ports.items()}
     for output in artifact.outputs:
         if output.dtype != "float32":
             ports.setdefault(output.name, {})["dtype"] = output.dtype
-    return {**artifact.recipe.options, **({"ports": ports} if ports else {})}
+    engine = artifact.engine
+    return {
+        **artifact.recipe.options,
+        **({"ports": ports} if ports else {}),
+        **({"module": artifact.recipe.backend} if hasattr(backend(artifact.recipe.backend), "device_half") else {}),
+        **({"fingerprint": dict(to_builtins(engine.fingerprint))} if engine else {}),
+    }
 
 
 def parse_options(kind: type, given: Mapping[str, str | int | float | bool]) -> Any:
     """Turn -O key=value pairs into a back end's frozen options record.
 
     Raises:
-        UsageError: unknown key or a value of the wrong type, naming the intended key.
+        UsageError: unknown key or a value of the wrong type, naming the intended key, or what the value may be.
     """
     import dataclasses
     import typing
@@ -140,7 +171,5 @@ def parse_options(kind: type, given: Mapping[str, str | int | float | bool]) -> 
         try:
             values[key] = msgspec.convert(value, hints[key], strict=False)
         except msgspec.ValidationError as error:
-            raise UsageError(
-                f"option -O {key}={value} is not valid: {str(error)[0].lower()}{str(error)[1:]}"
-            ) from error
+            raise UsageError(f"option -O {key}={value} is not valid: {complaint(error, hints[key])}") from error
     return kind(**values)

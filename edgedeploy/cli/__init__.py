@@ -157,5 +157,7 @@ def _complain(text: str, kind: str, code: int, arguments: list[str]) -> int:
         import json
 
         click.echo(json.dumps({"format": "edgedeploy.error/1", "kind": kind, "message": text, "exit_code": code}))
-    click.echo(f"edgedeploy: {text}", err=True)
+    from edgedeploy.render.figures import printable
+
+    click.echo(f"edgedeploy: {printable(text)}", err=True)  # it may quote what a device or a library said
     return code

@@ -16,6 +16,8 @@ Examples:
   edgedeploy compile package.module:factory --weights w.safetensors --input image=batchx3x224x224 \\
       --target host --backend onnxruntime --precision int8 --calibration samples.npz -o build/int8
   edgedeploy compile model.onnx --target raspberry-pi-5 --precision fp32 -o build/pi5
+  edgedeploy compile model.onnx --target jetson-agx-orin --backend tensorrt --precision int8 \\
+      --calibration samples.npz --device orin-1 -o build/orin
 """,
 )
 @click.argument("source")
@@ -37,6 +39,8 @@ Examples:
 @click.option("--allow-loss", is_flag=True, help="Build also what loses compression, and say what.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR")
 @click.option("--name", help="What to call the model. [default: from SOURCE]")
+@click.option("--device", default="", help="Where to build what is tied to a device; see: edgedeploy devices list.")
+@console.lab_option
 @console.trust_pickle_option
 @click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
 @console.quiet_option
@@ -54,6 +58,8 @@ def compile_command(
     allow_loss: bool,
     output: Path,
     name: str | None,
+    device: str,
+    lab: Path | None,
     trust_pickle: bool,
     rebuild: bool,
     quiet: bool,
@@ -78,6 +84,8 @@ def compile_command(
         allow_loss=allow_loss,
         output=output,
         name=name,
+        device=device,
+        lab=lab,
         trust_pickle=trust_pickle,
         rebuild=rebuild,
         progress=console.progress(quiet),

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgedeploy.records.artifact import Artifact, Port
+from edgedeploy.records.artifact import Artifact, Layer, Port
 from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.compression import CompressionReport
 from edgedeploy.records.model import Fidelity, Model, TensorSpec
@@ -45,6 +45,8 @@ from edgedeploy.render.figures import (
     run_figures,
     verdict_sentence,
 )
+from edgedeploy.render.kernels import COLUMNS, kernel_facts, kernel_rows, kernels_left_out, receipt_facts
+from edgedeploy.render.operator_times import TIME_COLUMNS, time_rows, times_note
 from edgedeploy.render.side_by_side import DISPENSABLE, SideBySide, comparison_table, verdict_table
 from edgedeploy.units import format_bytes, format_duration
 
@@ -117,6 +119,9 @@ def run_text(run: Run, *, color: bool, width: int | None) -> str:
         console.print(_facts(facts))
         console.print(_plain("Conditions before and after the visits"), style="bold")
         console.print(_facts(condition_facts(run)))
+        if run.layer_times:
+            console.print(_table("Operators, watched one by one", TIME_COLUMNS, time_rows(run.layer_times)))
+            console.print(_plain(times_note(run.layer_times)))
         _show_list(console, "Notes", [*run.events, *dropped])
 
     return _rendered(show, color=color, width=width)
@@ -144,6 +149,8 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
         *_tensor_facts(artifact.inputs, artifact.outputs, artifact.layers.ports),
         *compression_facts(artifact.compression),
         *precision_facts(artifact),
+        *kernel_facts(artifact.layers.layers),
+        *receipt_facts(artifact.engine),
         ("tools", ", ".join(f"{package} {version}" for package, version in recipe.toolchain.items())),
     ]
 
@@ -153,6 +160,7 @@ def artifact_text(artifact: Artifact, *, color: bool, width: int | None, layers:
         _show_fidelity(console, artifact.fidelity)
         _show_statements(console, artifact.compression)
         _show_layers(console, artifact.compression, layers)
+        _show_kernels(console, artifact.layers.layers, layers)
         notes = remaining_notes(artifact)
         if notes:
             console.print()
@@ -323,6 +331,16 @@ def _show_layers(console: Console, report: CompressionReport, layers: bool | Non
     console.print(made)
     for note in layer_notes(report, shown, dropped):
         console.print(_plain(note))
+
+
+def _show_kernels(console: Console, kernels: Sequence[Layer], is_all: bool | None) -> None:
+    """Show what an engine executes, kernel by kernel; it is what a person builds one to know."""
+    if not kernels:
+        return
+    console.print()
+    console.print(_table("Kernels", COLUMNS, kernel_rows(kernels, is_all=bool(is_all))))
+    if left_out := kernels_left_out(kernels, is_all=bool(is_all)):
+        console.print(_plain(left_out))
 
 
 def _show_list(console: Console, title: str, items: Sequence[str]) -> None:

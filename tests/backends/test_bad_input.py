@@ -399,9 +399,9 @@ def test_an_interrupted_build_leaves_nothing_half_written(command, folder, monke
 
 def test_a_builder_that_comes_second_replaces_what_the_first_one_wrote(tmp_path):
     final = tmp_path / "entry"
-    with build._staging(final) as slow:
+    with build.staging(final) as slow:
         (slow / "manifest.json").write_text("second")
-        with build._staging(final) as fast:
+        with build.staging(final) as fast:
             (fast / "manifest.json").write_text("first")
         assert (final / "manifest.json").read_text() == "first"
     assert (final / "manifest.json").read_text() == "second"

@@ -54,6 +54,7 @@ class FakeBackend:
     packages: tuple[str, ...] = ()
     tools: ToolEnvironment | None = None
     computes = False
+    computes_in_half = False
     int8_is_portable = True
 
     def missing(self) -> str | None:

@@ -20,6 +20,9 @@ from edgedeploy.storage import write_atomic
 if TYPE_CHECKING:
     from edgedeploy.backends.mnn.rewrites import Prepared
 
+# Operators with graphs inside, of which the one that runs depends on values.
+_FLOW = ("If", "Loop", "Scan")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
@@ -55,6 +58,7 @@ class MnnBackend:
     packages: tuple[str, ...] = ("MNN", "onnx")
     tools: ToolEnvironment | None = None
     computes = True
+    computes_in_half = False
     # Its kernels add up products of bytes in 32 bits on every processor; on x86 without VNNI the answers are exact.
     int8_is_portable = True
 
@@ -86,12 +90,12 @@ class MnnBackend:
                 backend=self.name,
                 hint="leave it out, or build int8",
             )
-        prepared = prepare(form, weights_only=options.weights_only)
+        prepared = prepare(form, weights_only=options.weights_only, keeps_scales=model.quantization is not None)
         with tempfile.TemporaryDirectory(prefix="edgedeploy-mnn-") as name:
             folder = Path(name)
             data = with_open_axes(_converted(prepared, form.precision, folder), model.inputs)
             data = with_content_id(data)
-            _demand_whole(model, data)
+            _demand_whole(model, prepared, data)
             made = folder / "finished.mnn"
             made.write_bytes(data)
             ran = run_once(made, _sizes(model), folder)
@@ -159,14 +163,17 @@ def _demand_integers(prepared: Prepared) -> None:
         )
 
 
-def _demand_whole(model: Model, data: bytes) -> None:
+def _demand_whole(model: Model, prepared: Prepared, data: bytes) -> None:
     """Demand that the model came out whole: the converter may write an empty one and call that a success."""
     contents = read_contents(data)
     if contents.has_subgraphs:
+        node = next((node for node in prepared.graph.graph.node if node.op_type in _FLOW), None)
         raise CompileError(
             "its converter made a loop or a branch of it, which the runtime's sessions cannot run",
             backend="mnn",
-            hint="export the model with fixed sizes, so that nothing depends on the data",
+            node=node.name if node is not None else "",
+            op=node.op_type if node is not None else "",
+            hint="export the model so that nothing depends on the data: sizes fixed, loops unrolled, no branch chosen",
         )
     lost = [spec.name for spec in model.outputs if spec.name not in contents.outputs]
     if lost:

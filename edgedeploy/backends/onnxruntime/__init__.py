@@ -93,6 +93,7 @@ class OnnxRuntimeBackend:
     packages: tuple[str, ...] = ("onnx", "onnxruntime")
     tools: ToolEnvironment | None = None
     computes = True
+    computes_in_half = False
     # x86 without VNNI saturates where other processors are exact.
     int8_is_portable = False
 

@@ -54,6 +54,7 @@ class TFLiteBackend:
     packages: tuple[str, ...] = ("onnx", "onnxruntime", "ai-edge-litert", "flatbuffers")
     tools: ToolEnvironment | None = TOOLS
     computes = True
+    computes_in_half = False
     # Codes are computed with the same fixed-point factors everywhere; kernels differ by a step here and there.
     int8_is_portable = True
 

@@ -119,7 +119,7 @@ def emit(
 
 
 def shorten(model: Model, storage: Literal["float16", "bfloat16"], out: Path, samples: Samples) -> Emitted:
-    """Store a model's weights in 16 bits; they are widened when it is loaded, and computed with in float32.
+    """Store a model's weights in 16 bits, widened by the form when it is loaded; a runtime may compute in half floats.
 
     Args:
         model: canonical fp32.
@@ -158,7 +158,7 @@ def shorten(model: Model, storage: Literal["float16", "bfloat16"], out: Path, sa
     )
     rules = QuantizationRules(activation_dtype="int8", activation_symmetric=False)
     notes = (
-        f"weights are stored in {storage}, half the bytes, widened when it is loaded, and computed with in float32",
+        f"weights are stored in {storage}, half the bytes",
         *([f"{', '.join(too_large)}: kept in float32, values beyond {largest:.3g}"] if too_large else []),
         *_rewrite(graph, table, rules, allow_change=False),
     )

@@ -1,0 +1,1 @@
+"""pycuda, emulated: as much of its driver module as a session uses, on the emulated CUDA."""
