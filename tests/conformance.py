@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 TARGET = "x86-64"
+# Back ends whose artifacts are for another kind of device than this machine's processor.
+TARGETS = {"tensorrt_rtx": "nvidia-rtx"}
 # One cell takes seconds; the first of a back end may install its converter.
 CELL_LIMIT_S = 540.0
 SAMPLES = 8
@@ -43,8 +45,12 @@ activation_dtype = "int8"
 activation_symmetric = false
 """
 
-Word = Literal["right", "refused", "wrong", "crashed", "silent", "vague", "missing"]
+Word = Literal["right", "built", "refused", "wrong", "crashed", "silent", "vague", "missing"]
 FAILURES: frozenset[str] = frozenset({"wrong", "crashed", "silent", "vague"})
+# What a cell that was compiled says where no device can run it; one sentence for all of them.
+NOT_RUN = (
+    "compiled, and its layers are as promised; nothing that was at hand could run it, so its answers were not seen"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Outcome:
     """What became of a cell.
 
     Attributes:
-        word: "right"; "refused" with a sentence that names the operator and says what to do; "wrong" answers;
+        word: "right"; "built", where it was compiled and no device here can run it, which says nothing of its answers;
+            "refused" with a sentence that names the operator and says what to do; "wrong" answers;
             "crashed", hung or raised what is no sentence; "silent": float where int8 was promised, or an operator that no
             runtime has; "vague": refused without naming the operator or what to do; "missing": not installed here.
         why: the sentence, or what is wrong.
@@ -69,7 +76,7 @@ class Outcome:
 
 
 def columns() -> list[tuple[str, str]]:
-    """Return (back end, precision) of every column: what a back end builds and the target allows."""
+    """Return (back end, precision) of every column: what a back end builds on a host and its target allows."""
     from edgedeploy.backends import load_backends
     from edgedeploy.documents import read_toml
     from edgedeploy.records.target import FORMAT, Target
@@ -79,17 +86,24 @@ def columns() -> list[tuple[str, str]]:
         path = Path(folder) / f"{TARGET}.toml"
         path.write_text(text)
         target = read_toml(path, Target, FORMAT)
+    others = {name: read_toml(ROOT / "targets" / f"{other}.toml", Target, FORMAT) for name, other in TARGETS.items()}
     found, broken = load_backends()
     assert not broken, broken
     return [
         (name, precision)
         for name, runtime in sorted(found.items())
         for precision in ("fp32", "fp16", "int8")
-        if name in target.backends
+        if runtime.builds_on == "host"
+        and (rules := others.get(name, target)).backends.get(name) is not None
         and precision in runtime.precisions
-        and precision in target.backends[name].precisions
-        and (precision != "int8" or name in target.quantization)
+        and precision in rules.backends[name].precisions
+        and (precision != "int8" or name in rules.quantization)
     ]
+
+
+def agrees(found: Outcome, known: Outcome) -> bool:
+    """Return whether a cell is what a table says of it; only a machine with the right device runs what others build."""
+    return found.word == known.word or {found.word, known.word} == {"built", "right"}
 
 
 def absent(backend: str) -> str | None:
@@ -99,8 +113,6 @@ def absent(backend: str) -> str | None:
     runtime = load_backends()[0][backend]
     if reason := runtime.missing():
         return reason
-    if runtime.builds_on == "device":
-        return f"{backend} compiles on its device"
     return None if runtime.tools is None else runtime.tools.missing()
 
 
@@ -217,7 +229,8 @@ class Bench:
         try:
             outcome = self._compared(net, built)
         except DeviceError as error:
-            outcome = Outcome("crashed", f"on the device: {error}")
+            is_missing = getattr(error, "kind", "") == "missing-runtime"
+            outcome = Outcome("built", NOT_RUN) if is_missing else Outcome("crashed", f"on the device: {error}")
         is_mixed = bool(built.artifact.layers.float_islands)
         return replace(outcome, is_mixed=is_mixed and precision == "int8", made_with=made_with)
 
@@ -228,6 +241,7 @@ class Bench:
 
     def _request(self, net: str, backend: str, precision: Any) -> Any:
         from edgedeploy.arguments import parse_inputs
+        from edgedeploy.backends import backend as backend_of
         from edgedeploy.build import BuildRequest
         from tests.backends import micro_nets
 
@@ -235,15 +249,18 @@ class Bench:
         if not calibration.exists():
             calibration.parent.mkdir(exist_ok=True)
             np.savez(calibration, **micro_nets.samples_of(net))
+        has_ranges = any(field.name == "axes" for field in fields(backend_of(backend).options))
         return BuildRequest(
             name=net,
             source=f"tests.backends.micro_nets:{net}",
             base=ROOT,
-            target=TARGET,
+            target=TARGETS.get(backend, TARGET),
             backend=backend,
             precision=precision,
             inputs=parse_inputs(micro_nets.input_texts(net)),
             calibration=calibration,
+            # An engine has a range of sizes for each open axis.
+            options={"axes": "batch=1:3:8"} if has_ranges and micro_nets.NETS[net].dynamic_batch else {},
         )
 
     def _operators(self, net: str, text: str) -> set[str]:

@@ -2,7 +2,7 @@
 
     python -m tests.conformance_table [--write FILE.md] [--backend NAME] [--precision NAME] [--cache DIR] [--jobs N] [NET ...]
 
-Cells that are not tried now keep what FILE.md says of them. Ends with 1 where a cell is neither right nor refused.
+Cells that are not tried now keep what FILE.md says of them. Ends with 1 where a cell is neither right nor built nor refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgedeploy.storage import write_atomic
-from tests.conformance import FAILURES, MOST_RELATIVE, ROOT, TARGET, Outcome, Worker, absent, columns
+from tests.conformance import FAILURES, MOST_RELATIVE, ROOT, TARGET, TARGETS, Outcome, Worker, absent, columns
 
 FILE = ROOT / "edgedeploy" / "CONFORMANCE.md"
 Cell = tuple[str, str]
@@ -31,8 +31,9 @@ Made by `python -m tests.conformance_table --write edgedeploy/CONFORMANCE.md`; d
 converters and runtimes, made in `tests/backends/micro_nets.py`, compiled for the target `{TARGET}` and run by the device half
 of each back end. *right*: fp32 and fp16 within {MOST_RELATIVE["fp32"]:g} and {MOST_RELATIVE["fp16"]:g} of PyTorch, in ratio to the largest value; int8 as near
 as rounding allows to the int8 form that it was compiled from. *right, mixed*: so, and some operators of the int8 artifact
-compute in float, which its manifest lists. *refused*: not compiled, with the sentence below. The fake runtime computes
-nothing: only names and shapes are compared.
+compute in float, which its manifest lists. *built*: compiled, and not run, since the table was made without such a device; it
+says nothing of the answers. *refused*: not compiled, with the sentence below. The fake runtime computes nothing: only names
+and shapes are compared. {", ".join(f"{name} is compiled for {other}" for name, other in TARGETS.items())}.
 """
 VERSIONS = "| back end | made with |"
 CELL = re.compile(r"(?P<word>\w+)(?P<mixed>, mixed)?(?: \[(?P<note>\d+)\])?")
@@ -80,7 +81,7 @@ def _cell_text(found: Outcome | None, notes: dict[str, int]) -> str:
         return "right, mixed" if found.is_mixed else "right"
     # A row of a table and a footnote are one line each.
     number = notes.setdefault(" ".join(found.why.replace("|", "/").split()), len(notes) + 1)
-    return f"{found.word} [{number}]"
+    return f"{found.word}{', mixed' if found.word == 'built' and found.is_mixed else ''} [{number}]"
 
 
 def read_table(text: str) -> tuple[dict[Cell, Outcome], dict[str, str]]:

@@ -22,20 +22,30 @@ import torch
 from edgedeploy.errors import CompileError, ModelError
 from tests import conformance
 from tests.backends.micro_nets import NETS, input_texts, samples_of
-from tests.conformance import FAILURES, Outcome, Worker, absent, columns, difference, refusal
+from tests.conformance import FAILURES, NOT_RUN, TARGETS, Outcome, Worker, absent, agrees, columns, difference, refusal
 from tests.conformance_table import FILE, read_table, table
 
 COLUMNS = columns()
 # A padded maximum, an open batch axis with a sum and a linear head, two layouts side by side, and rank 3 with norms.
 FEW = ("max_pool_padded", "dynamic_batch", "two_rank_4_inputs", "multi_head_attention")
 IS_WHOLE = os.environ.get("EDGEDEPLOY_CONFORMANCE") == "all"
-# Converters take seconds for each cell: of the few nets, each column has every third one.
-CELLS = [
-    (net, backend, precision)
-    for row, net in enumerate(NETS if IS_WHOLE else FEW)
-    for place, (backend, precision) in enumerate(COLUMNS)
-    if IS_WHOLE or (row + place) % 3 == 0
-]
+# Converters take seconds for each cell: of the few nets, each column has every third one; what is built here and run nowhere
+# has two cells in all.
+ONLY_BUILT = {("two_rank_4_inputs", "tensorrt_rtx", "int8"), ("multi_head_attention", "tensorrt_rtx", "fp16")}
+RUN_COLUMNS = [column for column in COLUMNS if column[0] not in TARGETS]
+CELLS = (
+    [(net, *column) for net in NETS for column in COLUMNS]
+    if IS_WHOLE
+    else [
+        *(
+            (net, *column)
+            for row, net in enumerate(FEW)
+            for place, column in enumerate(RUN_COLUMNS)
+            if (row + place) % 3 == 0
+        ),
+        *sorted(ONLY_BUILT),
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,9 @@ def test_cell_is_right_or_refused_by_name_as_the_table_says(net, backend, precis
     assert found.word not in FAILURES, found.why
     known = documented.get((net, f"{backend} {precision}"))
     assert known is not None, f"{FILE.name} does not have this cell; make it again"
-    assert found.word == known.word, f"{FILE.name} says {known.word}: {known.why}; now {found.why}; make it again"
+    assert agrees(found, known), (
+        f"{FILE.name} says {known.word}: {known.why}; now {found.word}: {found.why}; make it again"
+    )
 
 
 def test_table_has_every_net_and_column_and_no_failure(documented):
@@ -141,13 +153,43 @@ def test_refusal_must_name_the_operator_and_say_what_to_do(error, word):
     assert "/x" not in found.why or word == "vague"
 
 
+def test_cell_that_no_device_here_can_run_is_built_and_not_right(tmp_path, monkeypatch):
+    from edgedeploy.errors import VisitFailed
+
+    def judged(kind):
+        bench = object.__new__(conformance.Bench)
+        built = _Built(tmp_path, {"conv": 1}, ())
+        monkeypatch.setattr(bench, "_compile", lambda *cell: built, raising=False)
+
+        def fail(*cell):
+            raise VisitFailed("there is no GPU", kind=kind)
+
+        monkeypatch.setattr(bench, "_compared", fail, raising=False)
+        return bench.judge("softmax_head", "fake", "fp32")
+
+    assert judged("missing-runtime") == Outcome("built", NOT_RUN)
+    assert judged("bad-artifact").word == "crashed"
+    assert "built" not in FAILURES
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "is_same"),
+    [
+        ("right", "right", True), ("built", "built", True), ("right", "built", True), ("built", "right", True),
+        ("refused", "built", False), ("built", "refused", False), ("right", "refused", False),
+    ],
+)  # fmt: skip
+def test_only_a_cell_that_was_built_may_be_right_elsewhere(found, known, is_same):
+    assert agrees(Outcome(found), Outcome(known)) is is_same
+
+
 class _Built:
     """As much of an artifact as its promise is read from."""
 
     def __init__(self, folder, operators, quantized, notes=()):
         from edgedeploy.records.artifact import LayerReport
 
-        self.folder, self.artifact = folder, self
+        self.folder, self.artifact, self.recipe, self.toolchain = folder, self, self, {}
         self.layers = LayerReport(operators=operators, quantized=quantized, float_islands=())
         self.notes = notes
 
@@ -226,7 +268,7 @@ def test_indices_may_differ_where_values_are_rounded_and_nowhere_else():
     assert difference(expected, expected + 1, "int8")[0]
 
 
-words = st.sampled_from(["right", "refused", "wrong", "crashed", "silent", "vague"])
+words = st.sampled_from(["right", "built", "refused", "wrong", "crashed", "silent", "vague"])
 sentences = (
     st.text(st.characters(categories=("L", "N", "P", "Zs"), exclude_characters="|"), min_size=1)
     .map(lambda text: " ".join(text.split()))
@@ -242,7 +284,7 @@ sentences = (
 )
 def test_table_says_what_was_found(found):
     cells = {
-        cell: Outcome(word, "" if word == "right" else why, is_mixed=mixed and word == "right")
+        cell: Outcome(word, "" if word == "right" else why, is_mixed=mixed and word in ("right", "built"))
         for cell, (word, why, mixed) in found.items()
     }
     text = table({"a_net": "a trap", "another": "another"}, ["x fp32", "y int8"], cells, {"x": "x 1.0, numpy 2"})

@@ -25,6 +25,7 @@ NAMES = (
     "litert_cross_check",
     "efficientnet_lite0",
     "mobilenet_v2",
+    "tensorrt_rtx_layers",
     "calibration_memory",
     "gate_error_rates",
     "gate_on_local",
