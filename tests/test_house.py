@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from edgedeploy.backends import session_file
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edgedeploy"
 BACKENDS = sorted(path.parent for path in (PACKAGE / "backends").glob("*/__init__.py"))
-DEVICE_FILES = [PACKAGE / "ondevice" / "runner.py", *(folder / "session.py" for folder in BACKENDS)]
+SESSIONS = sorted({session_file(folder.name) for folder in BACKENDS})
+DEVICE_FILES = [PACKAGE / "ondevice" / "runner.py", *SESSIONS, *PACKAGE.glob("backends/*/builder.py")]
 HEAVY = (
     "torch",
     "onnx",
@@ -29,7 +32,11 @@ HEAVY = (
     "torchao",
 )
 # What a back end's device half imports, where that is not called as the back end is.
-RUNTIMES = {"mnn": ("MNN",), "tflite": ("ai_edge_litert", "tflite_runtime")}
+RUNTIMES = {
+    "mnn": ("MNN",),
+    "tflite": ("ai_edge_litert", "tflite_runtime"),
+    "trt_session": ("tensorrt", "tensorrt_rtx", "pycuda"),
+}
 VERBS = [
     "init",
     "doctor",
@@ -55,7 +62,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 def test_every_backend_folder_has_both_halves():
     assert {folder.name for folder in BACKENDS} >= {"fake", "onnxruntime"}
     for folder in BACKENDS:
-        assert (folder / "session.py").is_file(), f"{folder.name} has no device half"
+        assert session_file(folder.name).is_file(), f"{folder.name} has no device half"
 
 
 @pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -70,8 +77,11 @@ def test_what_runs_on_a_device_parses_as_python_3_8_and_imports_nothing_of_ours(
             imported.add((node.module or "").partition(".")[0])
     assert "edgedeploy" not in imported
     allowed = set(sys.stdlib_module_names)
-    if path.name == "session.py":
-        allowed |= {"numpy", *RUNTIMES.get(path.parent.name, (path.parent.name,))}
+    if path in SESSIONS:
+        name = path.parent.name if path.name == "session.py" else path.stem
+        allowed |= {"numpy", *RUNTIMES.get(name, (name,))}
+    elif path.name == "builder.py":
+        allowed |= {"numpy", path.parent.name}
     assert imported <= allowed
 
 

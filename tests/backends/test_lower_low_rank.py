@@ -63,6 +63,7 @@ def test_neither_the_onnx_file_nor_the_runtime_multiplies_the_factors(factored, 
     assert relative(run(graph, images(7))[0], module(images(7))) < 1e-5
 
 
+@pytest.mark.peers
 def test_without_the_lowering_the_runtime_multiplies_the_factors(tmp_path):
     module = with_svd(LARGE, rank=2)
     program = torch.export.export(module, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -78,6 +78,7 @@ def masked_tensors(module):
     ]
 
 
+@pytest.mark.peers
 def test_without_the_lowering_a_large_mask_stays_in_the_graph():
     module = masked_everywhere(LARGE)
     program = torch.export.export(module, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -391,11 +391,13 @@ def test_fake_quantized_weights_become_the_integers_that_they_stand_for(width):
     assert sum(node.op_type == "FakeQuantize" for node in graph.node) == 2
 
 
+@pytest.mark.peers
 def test_plain_exporter_fails_on_weights_between_minus_127_and_127():
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match=r"Got \(-127, 127\)"):
         onnx_of(fake_program(SMALL)[1])
 
 
+@pytest.mark.peers
 def test_plain_exporter_leaves_fake_quantized_weights_in_float32():
     graph = onnx_of(fake_program(LARGE, low=-128)[1])
     assert [item.data_type for item in graph.initializer if len(item.dims) == 2] == [TensorProto.FLOAT]

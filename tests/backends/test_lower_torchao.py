@@ -159,16 +159,19 @@ def test_onnx_holds_the_very_integers_at_any_size(name, width):
     assert sum(node.op_type == "DynamicQuantize" for node in graph.node) == (2 if name == "8da4w" else 0)
 
 
+@pytest.mark.peers
 def test_plain_exporter_folds_small_int8_weights_to_float32():
     kinds = {item.data_type for item in exported(quantized("int8")).initializer if len(item.dims) == 2}
     assert kinds == {TensorProto.FLOAT}
 
 
+@pytest.mark.peers
 def test_plain_exporter_fails_on_dynamic_int8():
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="_int_mm"):
         exported(quantized("dynamic symmetric"))
 
 
+@pytest.mark.peers
 def test_plain_exporter_loses_that_weights_have_4_bits():
     graph = exported(quantized("8da4w"))
     assert len(graph.node) > 20

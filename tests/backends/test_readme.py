@@ -25,7 +25,7 @@ def _commands() -> list[list[str]]:
 
 def _short(words: list[str]) -> list[str]:
     """Return what keeps a command that measures short."""
-    if "--compare-precisions" in words:
+    if words[1] == "bench":
         return ["--visits", "2"]
     return ["--max-blocks", "2"] if words[1] in ("gate", "compare") else []
 
