@@ -122,6 +122,8 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     with staging(folder) as work:
         model = canonical_model(request, progress)
         _demand_declared(request, model)
+        if check := getattr(runtime, "check", None):
+            check(model, options)
         # Opened once, however many steps look at them.
         samples = cache(lambda: _samples(request, model.inputs))
         formed = _formed(request, model, target.quantization.get(runtime.name), samples, work, progress)

@@ -26,7 +26,9 @@ ENTRY_POINT_GROUP = "edgedeploy.backends"
 class Backend(Protocol):
     """The host half of a runtime; `session.py` in the same folder is the device half.
 
-    A back end does not hash, cache, log progress, choose paths, add flags or write manifests: the pipeline does.
+    A back end does not hash, cache, log progress, choose paths, add flags or write manifests: the pipeline does. It may
+    have `check(model, options)`, which is given the canonical model before anything is calibrated and raises what
+    `compile` would raise minutes later.
 
     Attributes:
         name: folder, extra and --backend all use this one word.

@@ -49,6 +49,13 @@ LOG_LINES = 8
 FULL = ("out of memory", "outofmemory", "could not be allocated")
 
 
+def absent(sentence):
+    """Return the error of a device that lacks something, whose text says what to do about it."""
+    error = ImportError(sentence)
+    error.says_what_to_do = True
+    return error
+
+
 class Driver:
     """NVIDIA's driver: whether there is a GPU here at all, and which."""
 
@@ -56,15 +63,13 @@ class Driver:
         try:
             self.library = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
-            raise ImportError(
+            raise absent(
                 "there is no NVIDIA driver here (%s); install one (on a Jetson it comes with JetPack), and start a "
                 "container with --runtime nvidia or --gpus all" % error
             ) from error
         self.call("cuInit", ctypes.c_uint(0))
         if not self.number("cuDeviceGetCount"):
-            raise ImportError(
-                "NVIDIA's driver sees no GPU here; check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set"
-            )
+            raise absent("NVIDIA's driver sees no GPU here; check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set")
 
     def call(self, name, *arguments):
         """Call a function of the driver.
@@ -77,7 +82,7 @@ class Driver:
             text = ctypes.c_char_p()
             self.library.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
             said = text.value.decode("utf-8", "replace") if text.value else "unknown error"
-            raise ImportError(
+            raise absent(
                 "NVIDIA's driver is here and does not work: %s says %r (CUDA error %d); check that nvidia-smi works "
                 "for this user, and on a Jetson that it is in the groups video and render" % (name, said, code)
             )
@@ -144,12 +149,12 @@ def import_module(name):
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ImportError(
+        raise absent(
             "%s has no module %r; on a Jetson: apt install python3-libnvinfer, and use the system's python; elsewhere: "
             "pip install %s" % (sys.executable, name, name.replace("_", "-"))
         ) from error
     except (ImportError, OSError) as error:
-        raise ImportError("the module %r is here and cannot be loaded: %s" % (name, error)) from error
+        raise absent("the module %r is here and cannot be loaded: %s" % (name, error)) from error
 
 
 def import_any():
@@ -630,7 +635,7 @@ def release(buffers, tensor, side):
 DRIVER = Driver()
 CUDA, WITHOUT_CUDA = find_cuda_runtime(DRIVER)
 if CUDA is None and importlib.util.find_spec("pycuda") is None:
-    raise ImportError(WITHOUT_CUDA)
+    raise absent(WITHOUT_CUDA)
 TENSORRT = import_any()
 
 

@@ -799,7 +799,8 @@ def load_device_half(path):
     except ModuleNotFoundError as error:
         raise Refusal("missing-runtime", "%s has no module %r; %s" % (here, error.name, then)) from error
     except Exception as error:
-        raise Refusal("missing-runtime", "%s cannot load the runtime: %s; %s" % (here, told(error), then)) from error
+        what = str(error) if getattr(error, "says_what_to_do", False) else "%s; %s" % (told(error), then)
+        raise Refusal("missing-runtime", "%s cannot load the runtime: %s" % (here, what)) from error
     return module
 
 

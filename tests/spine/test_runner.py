@@ -321,6 +321,16 @@ def test_runtime_that_does_not_load_is_reported_with_its_text(bench):
             block(agent, side)
 
 
+def test_runtime_that_says_itself_what_to_do_is_not_given_other_advice(bench):
+    with bench.connect() as agent:
+        side = bench.session(
+            "error = ImportError('no driver; install one')\nerror.says_what_to_do = True\nraise error\n"
+        )
+        ship(agent, bench.transport, bench.files)
+        with pytest.raises(VisitFailed, match=r"cannot load the runtime: no driver; install one$"):
+            block(agent, side)
+
+
 def test_corrupt_artifact_is_reported_with_the_runtimes_text(bench):
     with bench.connect() as agent:
         side = replace(bench.side, artifact_sha256=bench.add("bad", b'{"format": "something else"}'))

@@ -76,6 +76,13 @@ class TensorRTBackend:
             return f"the forms for TensorRT are made with {' and '.join(absent)}; pip install 'edgedeploy[tensorrt]'"
         return None
 
+    def check(self, model: Model, options: Options) -> None:
+        """Raise what is known of a model before it is quantized: operators, axes without a range, senseless options."""
+        from edgedeploy.backends.trt_forms import forms_of
+
+        demand_sense(options, self.name)
+        forms_of(model, options, self.name)
+
     def compile(self, model: Model, target: Target, options: Options, out: Path) -> None:
         """Write the kit that the device builds an engine from; the same model always gives the same bytes.
 

@@ -68,6 +68,14 @@ class TensorRTRTXBackend:
             return f"compiling for TensorRT-RTX needs {' and '.join(absent)}; pip install 'edgedeploy[tensorrt_rtx]'"
         return None
 
+    def check(self, model: Model, options: Options) -> None:
+        """Raise what is known of a model before it is quantized: operators, axes without a range, senseless options."""
+        from edgedeploy.backends.trt_forms import forms_of
+
+        demand_sense(options, self.name)
+        capabilities(options.compute_capabilities)
+        forms_of(model, options, self.name)
+
     def compile(self, model: Model, target: Target, options: Options, out: Path) -> None:
         """Write the engine, and beside it layers.json; the same model always gives the same bytes.
 

@@ -29,10 +29,12 @@ def load_runtime():
     if importlib.util.find_spec("tflite_runtime") is None:
         raise ModuleNotFoundError("there is neither ai_edge_litert nor tflite_runtime", name="ai_edge_litert")
     if int(np.__version__.split(".")[0]) >= 2:
-        raise ImportError(
+        error = ImportError(
             "tflite_runtime is built for numpy 1, and this interpreter has numpy %s; pip install 'numpy<2' there, or "
             "pip install ai-edge-litert, which works with both" % np.__version__
         )
+        error.says_what_to_do = True
+        raise error
     import tflite_runtime.interpreter as module
 
     return "tflite-runtime", version_of("tflite-runtime"), module
