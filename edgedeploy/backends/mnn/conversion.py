@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedeploy.backends.child import run_script
 from edgedeploy.errors import CompileError
 
 if TYPE_CHECKING:
@@ -123,33 +121,10 @@ def _child(job: Mapping[str, Any], folder: Path, limit_s: float) -> _Ended:
     task, answer = folder / "job.json", folder / "result.json"
     answer.unlink(missing_ok=True)
     task.write_text(json.dumps({**job, "result": str(answer.resolve())}), encoding="utf-8")
-    # -P: our folder must not be searched for modules, lest `session` or `convert` shadow another's.
-    command = [sys.executable, "-P", str(SCRIPT), str(task.resolve())]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        return _Ended(f"it did not end within {limit_s:.0f} s", _text(error.stdout) + _text(error.stderr), None)
-    said = _text(done.stdout) + _text(done.stderr)
-    if done.returncode < 0:
-        return _Ended(f"it died of {_signal_name(-done.returncode)}", said, None)
-    if done.returncode:
-        return _Ended(f"it ended with exit code {done.returncode}", said, None)
-    if not answer.is_file():
-        return _Ended("it ended without an answer", said, None)
-    return _Ended("", said, json.loads(answer.read_text(encoding="utf-8")))
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    how, said = run_script(SCRIPT, task, limit_s)
+    if not how and not answer.is_file():
+        how = "it ended without an answer"
+    return _Ended(how, said, None if how else json.loads(answer.read_text(encoding="utf-8")))
 
 
 def _last_words(said: str) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedeploy.backends.child import run_script
 from edgedeploy.errors import CompileError
 
 if TYPE_CHECKING:
@@ -94,7 +92,7 @@ def build_engine(
     }
     task = folder / "job.json"
     task.write_text(json.dumps(job), encoding="utf-8")
-    how, said = _run(task, limit_s)
+    how, said = run_script(SCRIPT, task, limit_s)
     log = _read_log(Path(paths["log"]))
     result = Path(paths["result"])
     if how or not result.is_file():
@@ -105,33 +103,6 @@ def build_engine(
     if not outcome["engine_bytes"]:
         raise _not_built(log, graph)
     return Made(Path(paths["engine"]).read_bytes(), log, outcome["parse_s"], outcome["build_s"])
-
-
-def _run(task: Path, limit_s: float) -> tuple[str, str]:
-    """Run the child; return how it died, "" where it did not, and what it printed."""
-    # -P: our folder must not be searched for modules, lest a file there shadow another's.
-    command = [sys.executable, "-P", str(SCRIPT), str(task)]
-    try:
-        done = subprocess.run(
-            command, cwd=task.parent, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"it did not end within {limit_s:g} s (-O time_limit_s)", _text(error.stdout) + _text(error.stderr)
-    said = _text(done.stdout) + _text(done.stderr)
-    if done.returncode < 0:
-        return f"it died of {_signal_name(-done.returncode)}", said
-    return (f"it ended with exit code {done.returncode}" if done.returncode else ""), said
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _read_log(path: Path) -> list[str]:
@@ -150,7 +121,7 @@ def _died(how: str, said: str, log: Sequence[str]) -> CompileError:
         backend=BACKEND,
         node=last["node"] if last else "",
         op=last["op"] if last else "",
-        hint=_ELSEWHERE if last else "give it more time or memory, or build for another back end",
+        hint=_ELSEWHERE if last else "give it more time (-O time_limit_s) or memory, or build for another back end",
     )
 
 

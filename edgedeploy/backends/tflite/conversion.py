@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgedeploy.backends.child import signal_name
 from edgedeploy.backends.tflite.clamps import fuse_clamps
 from edgedeploy.backends.tflite.flatbuffer import FlatGraph, inverse, transposition
 from edgedeploy.backends.toolenv import ToolEnvironment
@@ -291,9 +291,7 @@ def _child(interpreter: Path, job: Mapping[str, Any], folder: Path, prepared: Mo
             ) from error
     what = "onnx2tf" if step == "convert" else "a trial run of the converted model"
     if code < 0:
-        raise CompileError(
-            f"{what} was ended by {signal.Signals(-code).name}", backend=_BACKEND, hint="report the model"
-        )
+        raise CompileError(f"{what} was ended by {signal_name(-code)}", backend=_BACKEND, hint="report the model")
     if code != 0:
         said = Path(job["error"])
         text = said.read_text(encoding="utf-8") if said.is_file() else _last_lines(log)
