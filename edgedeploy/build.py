@@ -7,6 +7,7 @@ import dataclasses
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,6 +45,8 @@ LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
 # Everything on the host that can change an artifact's bytes; a back end adds its own packages.
 _EXPORT_PACKAGES = ("torch", "onnxscript")
 _GRAPH_PACKAGES = ("numpy", "onnx", "onnxslim", "onnxruntime")
+# The longest build has ended by then; a folder that is not finished and older belongs to nobody.
+_ABANDONED_S = 7 * 24 * 3600
 _WIDENED = "its weights are widened when it is loaded, and it computes in float32"
 # Samples that a conversion is checked on when there is no calibration set: enough to see a wrong axis or a lost branch.
 _RANDOM_SAMPLES = 16
@@ -330,6 +333,7 @@ class staging:
 
     def __enter__(self) -> Path:
         self._final.parent.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         self._work = Path(tempfile.mkdtemp(prefix=f".{self._final.name[:8]}-", dir=self._final.parent))
         return self._work
 
@@ -341,6 +345,13 @@ class staging:
             self._take_place()
         else:
             shutil.rmtree(self._work, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what builders left that were killed; a cache may be shared by hosts, so that only age can tell."""
+        for left in self._final.parent.glob(".*-*"):
+            with contextlib.suppress(FileNotFoundError):  # another sweeper was faster
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _take_place(self) -> None:
         """Replace what is there: a damaged or explicitly rebuilt entry, or that of a builder who was faster."""

@@ -408,6 +408,17 @@ def test_a_builder_that_comes_second_replaces_what_the_first_one_wrote(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
 
 
+def test_what_a_killed_builder_left_is_swept_once_it_is_old(tmp_path):
+    old, young = tmp_path / ".0123abcd-killed", tmp_path / ".0123abcd-at-work"
+    for left in (old, young):
+        left.mkdir()
+        (left / "half.onnx").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    with build.staging(tmp_path / "entry") as work:
+        (work / "manifest.json").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "entry"]
+
+
 def test_a_package_that_is_missing_is_no_bug_of_ours(command, folder, monkeypatch):
     (folder / "good.safetensors").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "safetensors", None)
