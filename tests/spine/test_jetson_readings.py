@@ -19,23 +19,9 @@ from edgedeploy.records.run import Conditions, Visit
 from edgedeploy.records.target import ConditionLimits
 
 from . import jetson_boards as boards
+from .device_trees import conditions, facts, tree
 
 BOARDS = [boards.XAVIER, boards.AGX_ORIN, boards.ORIN_NANO, boards.THOR, boards.SERVER]
-
-
-def tree(folder: Path, files: dict[str, str]) -> str:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return str(folder)
-
-
-def facts(root: str) -> DeviceFacts:
-    return msgspec.convert(runner.read_facts(root), DeviceFacts)
-
-
-def conditions(root: str, tools: dict[str, str] | None = None) -> Conditions:
-    return msgspec.convert(runner.read_conditions(root, tools), Conditions)
 
 
 def program(path: Path, text: str) -> str:

@@ -7,7 +7,6 @@ import os
 import signal
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import numpy as safetensors
 
 from edgedeploy.ondevice import runner
-from edgedeploy.records.device import DeviceFacts
-from edgedeploy.records.run import Conditions
+
+from .device_trees import conditions, facts, tree
 
 PI_CPU = "".join(
     f"processor\t: {core}\nFeatures\t: fp asimd crc32\nCPU implementer\t: 0x41\nCPU part\t: 0xd08\n\n"
@@ -41,21 +40,6 @@ PI = {
     **{f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq": f"{1500000 + core}\n" for core in range(12)},
     **{f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_governor": "ondemand\n" for core in range(12)},
 }
-
-
-def tree(folder: Path, files: dict[str, str]) -> str:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return str(folder)
-
-
-def facts(root: str) -> DeviceFacts:
-    return msgspec.convert(runner.read_facts(root), DeviceFacts)
-
-
-def conditions(root: str) -> Conditions:
-    return msgspec.convert(runner.read_conditions(root), Conditions)
 
 
 def test_facts_of_a_raspberry_pi(tmp_path):

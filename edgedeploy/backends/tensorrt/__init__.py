@@ -57,17 +57,8 @@ class TensorRTBackend:
     int8_is_portable = False
     device_half = Path(__file__).parent.parent / "trt_session.py"
     builder = Path(__file__).parent / "builder.py"
-    engine_options = frozenset(
-        {
-            "workspace_mib",
-            "optimization_level",
-            "builds",
-            "pin_tactics",
-            "refit",
-            "dla_core",
-            "version_compatible",
-        }
-    )
+    # What Options adds is the builder's; what both back ends have has shaped the kit, or is the session's.
+    engine_options = frozenset(Options.__dataclass_fields__) - frozenset(EngineOptions.__dataclass_fields__)
 
     def missing(self) -> str | None:
         """Say what to install here; TensorRT itself is needed on the device alone."""
