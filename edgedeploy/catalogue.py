@@ -142,6 +142,7 @@ def examine(lab: Path | None) -> list[tuple[str, str, str]]:
     findings.append(("cache", f"{cache_dir()} ({free // 2**20} MiB free)", ""))
     for variable in (
         "EDGEDEPLOY_CACHE_DIR",
+        "EDGEDEPLOY_STATE_DIR",
         "EDGEDEPLOY_LAB",
         "EDGEDEPLOY_TARGETS",
         "EDGEDEPLOY_RESULTS",

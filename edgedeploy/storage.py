@@ -66,3 +66,8 @@ def cache_dir() -> Path:
 def config_dir() -> Path:
     """Return where the person's lab.toml lives."""
     return _user_directory("", "XDG_CONFIG_HOME", ".config")
+
+
+def state_dir() -> Path:
+    """Return where journals and what is known of devices live (EDGEDEPLOY_STATE_DIR, else XDG)."""
+    return _user_directory("EDGEDEPLOY_STATE_DIR", "XDG_STATE_HOME", ".local/state")

@@ -11,10 +11,37 @@ from edgedeploy.documents import Record
 FORMAT = "edgedeploy.lab/1"
 
 
+class DeviceSettings(Record, frozen=True, kw_only=True):
+    """What a device is set to while we hold it; what was there before is restored afterwards, whatever happens.
+
+    Attributes:
+        governor: of every core that has one, "performance"; empty: as it is.
+        power_mode: the number that nvpmodel -m takes; None: as it is.
+        fixed_clocks: jetson_clocks, undone afterwards.
+        cpu_affinity: the cores that visits run on, "4-7" or "0,2"; empty: all.
+        start_below_celsius: a visit waits until the hottest zone is cooler than this; None: it does not wait.
+        cooling_cap_s: the longest such wait; the visit then starts, and its record says so.
+        sudo: ask `sudo -n` where we may not write; it must not ask for a password.
+    """
+
+    governor: str = ""
+    power_mode: int | None = None
+    fixed_clocks: bool = False
+    cpu_affinity: str = ""
+    start_below_celsius: float | None = None
+    cooling_cap_s: float = 120.0
+    sudo: bool = False
+
+
 class Device(Record, frozen=True, kw_only=True):
     """An entry of lab.toml.
 
     Attributes:
+        target: the kind of device that it is, a target's name; cells with device = "any" go to devices of their target.
+        place: of labgrid, whose coordinator says host, port and user; for transport "labgrid".
+        lease_dir: where the device's users keep the lease that they share; empty: the runner's choice.
+        settings: what it is set to while we hold it.
+        runtimes: back end → version of the provisioned runtime that is used; else the newest, or what its Python has.
         host: name, address or alias of ~/.ssh/config; for transport "ssh".
         key: a private key file; empty: the agent and the usual key files.
         jump: "user@host:port" of a jump host; empty: what ~/.ssh/config says.
@@ -25,7 +52,8 @@ class Device(Record, frozen=True, kw_only=True):
         connect_timeout_s: the longest wait for a connection.
     """
 
-    transport: Literal["local", "ssh"]
+    transport: Literal["local", "ssh", "labgrid"]
+    target: str = ""
     host: str = ""
     port: int = 0
     user: str = ""
@@ -34,15 +62,24 @@ class Device(Record, frozen=True, kw_only=True):
     known_hosts: str = ""
     python: str = ""
     root: str = ""
+    place: str = ""
+    lease_dir: str = ""
+    settings: DeviceSettings = DeviceSettings()
+    runtimes: dict[str, str] = {}
     description: str = ""
     timeout_s: float = 60.0
     connect_timeout_s: float = 10.0
 
 
 class Lab(Record, frozen=True, kw_only=True):
-    """lab.toml: device name → device."""
+    """lab.toml: device name → device.
+
+    Attributes:
+        labgrid_coordinator: "host:port" of the coordinator that devices with transport "labgrid" are places of.
+    """
 
     format: str = FORMAT
+    labgrid_coordinator: str = ""
     devices: dict[str, Device] = {}
 
 
