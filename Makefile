@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check bench bench-compression bench-runtimes smoke clean
+.PHONY: help demo test test-lab lab-up lab-down check bench bench-compression bench-runtimes smoke clean
 help:
 	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
 	@echo "make test    format, lint, types, architecture and all tests"
+	@echo "make test-lab   tests on aarch64 devices that are made on this machine, as root (about 5 minutes)"
+	@echo "make lab-up     those devices to play with, and their lab.toml; make lab-down ends them"
 	@echo "make check   the same without the tests"
 	@echo "make bench   the figures of the README on measuring and judging, as ratios (about 20 minutes)"
 	@echo "make bench-compression   those on compression: kinds, int8, size, speed (about 60 minutes)"
@@ -34,8 +36,14 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@touch $@ $(VENV)/.demo
 
 # INCONCLUSIVE (4: this machine is too noisy now) is an answer of the demo, not a failure of it.
+# With DEVICE=hybrid: on a bare aarch64 device that is made on this machine, added to a lab and provisioned first (root).
 demo: $(VENV)/.demo
+ifeq ($(DEVICE),)
 	$(BIN)/edgedeploy run edgedeploy/demo/edgedeploy.toml || [ $$? -eq 4 ]
+else
+	$(PIP) -e '.[ssh]'
+	$(BIN)/python -m tests.testbed.demo $(DEVICE)
+endif
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -44,7 +52,18 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Root, because the devices' file systems have owners and are mounted. What the machine lacks is installed by apt.
+test-lab: $(VENV)/.dev
+	$(BIN)/python -m tests.testbed build
+	EDGEDEPLOY_TEST_LAB=require $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/lab
+
+lab-up: $(VENV)/.dev
+	@$(BIN)/python -m tests.testbed up
+
+lab-down: $(VENV)/.dev
+	@$(BIN)/python -m tests.testbed down
 
 smoke: $(VENV)/.dev
 	$(BIN)/python tests/smoke/bare_wheel.py

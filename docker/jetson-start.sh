@@ -1,5 +1,5 @@
 #!/bin/bash
-# Starts the SSH server of docker/jetson.Dockerfile; makes its host key when there is none yet.
+# Starts the SSH server of docker/jetson.Dockerfile and docker/device.Dockerfile; makes its host key when there is none yet.
 set -euo pipefail
 
 key=/home/edge/sshd/host_key

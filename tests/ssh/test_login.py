@@ -66,7 +66,7 @@ def test_changed_host_key_is_refused_loudly_with_both_fingerprints(sshd: Sshd) -
     said = refusal(sshd.transport())
     assert "HAS CHANGED" in said
     assert fingerprint(sshd.folder / "host") in said
-    assert fingerprint(sshd.key("otherhost")) in said
+    assert fingerprint(sshd.new_key("otherhost")) in said
     subprocess.run(["sh", "-c", said.split("then run: ")[1]], check=True, capture_output=True)
     with sshd.transport():
         pass
@@ -86,7 +86,7 @@ def test_hashed_known_hosts_are_understood(sshd: Sshd) -> None:
 
 
 def test_wrong_key_names_the_key_that_was_tried(sshd: Sshd) -> None:
-    stranger = sshd.key("stranger")
+    stranger = sshd.new_key("stranger")
     said = refusal(sshd.transport(key=str(stranger)))
     assert str(stranger) in said
     assert fingerprint(stranger) in said
@@ -107,7 +107,7 @@ def test_key_file_that_is_no_key_is_named(sshd: Sshd) -> None:
 
 
 def test_locked_key_says_how_to_unlock_it(sshd: Sshd) -> None:
-    locked = sshd.key("locked", passphrase="a secret")
+    locked = sshd.new_key("locked", passphrase="a secret")
     assert f"ssh-add {locked}" in refusal(sshd.transport(key=str(locked)))
 
 
@@ -118,7 +118,7 @@ def test_no_key_at_all_is_said(sshd: Sshd) -> None:
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
 def test_usual_key_files_are_found_without_being_named(sshd: Sshd, home: Path, kind: str) -> None:
     (home / ".ssh").mkdir()
-    key = sshd.key(f"id_{kind}", kind).rename(home / ".ssh" / f"id_{kind}")
+    key = sshd.new_key(f"id_{kind}", kind).rename(home / ".ssh" / f"id_{kind}")
     (sshd.folder / "authorized_keys").write_text((sshd.folder / f"id_{kind}.pub").read_text())
     assert key.exists()
     with sshd.transport(key=""):
@@ -127,7 +127,7 @@ def test_usual_key_files_are_found_without_being_named(sshd: Sshd, home: Path, k
 
 @pytest.mark.parametrize("named", [True, False])
 def test_agent_unlocks_a_locked_key(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
-    locked = sshd.key("locked")
+    locked = sshd.new_key("locked")
     (sshd.folder / "authorized_keys").write_text(locked.with_suffix(".pub").read_text())
     agent = subprocess.run(["ssh-agent", "-c"], capture_output=True, text=True, check=True).stdout
     socket_path, number = re.findall(r"setenv \w+ ([^;]+);", agent)
@@ -246,7 +246,7 @@ Host board-alias
     HostKeyAlias the-board
 Host *
     User {getpass.getuser()}
-    IdentityFile {sshd.key("client")}
+    IdentityFile {sshd.new_key("client")}
     UserKnownHostsFile {sshd.known_hosts}
 """
     )

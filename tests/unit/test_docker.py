@@ -26,14 +26,15 @@ def arguments(path: Path, word: str) -> list[str]:
     return [rest for found, rest in instructions(path) if found == word]
 
 
-def test_both_dockerfiles_are_there():
-    assert [path.name for path in DOCKERFILES] == ["jetson.Dockerfile", "tensorrt.Dockerfile"]
+def test_all_dockerfiles_are_there():
+    assert [path.name for path in DOCKERFILES] == ["device.Dockerfile", "jetson.Dockerfile", "tensorrt.Dockerfile"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_base_is_pinned_to_a_release_of_nvidias_registry(path):
+def test_base_is_pinned_to_a_release(path):
     (base,) = arguments(path, "FROM")
-    assert re.fullmatch(r"nvcr\.io/nvidia/[a-z0-9-]+:(r\d+\.\d+\.\d+|\d\d\.\d\d-py3)", base)
+    nvidia = r"nvcr\.io/nvidia/[a-z0-9-]+:(r\d+\.\d+\.\d+|\d\d\.\d\d-py3)"
+    assert re.fullmatch(rf"{nvidia}|debian:[a-z]+-\d{{8}}-slim", base)
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
