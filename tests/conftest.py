@@ -1,6 +1,8 @@
-"""Tests have caches of their own, share the converters' environments, and draw the same examples in every run."""
+"""Tests have caches, leases and state of their own, share the converters' environments, and repeat their examples."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -14,6 +16,16 @@ if not os.environ.get("EDGEDEPLOY_TEST_RANDOM"):
 
 # They take a minute to make.
 os.environ.setdefault("EDGEDEPLOY_TOOLS_DIR", str(cache_dir() / "tools"))
+
+# Each test process measures on a machine of its own, as far as leases and quarantine go.
+_OWN = tempfile.mkdtemp(prefix="edgedeploy-tests-")
+os.environ["EDGEDEPLOY_LEASE_DIR"] = f"{_OWN}/lease"
+os.environ["EDGEDEPLOY_STATE_DIR"] = f"{_OWN}/state"
+
+
+def pytest_unconfigure(config):
+    """Delete what this test process kept."""
+    shutil.rmtree(_OWN, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import msgspec
 
 from edgedeploy.documents import Record
-from edgedeploy.errors import DeviceError, TransferError
+from edgedeploy.errors import DeviceError
+from edgedeploy.lab import answers, bundle
 from edgedeploy.lab.conversation import Agent, Progress
 from edgedeploy.lab.transport import Transport
-from edgedeploy.storage import sha256_file
 
 PROBE_TIMEOUT_S = 60.0
 # No engine is larger than this; what says that it is, is not fetched.
@@ -35,7 +35,7 @@ def probe(agent: Agent, builder_sha256: str) -> dict[str, Any]:
     answer = agent.ask("probe", visit="probe", builder=builder_sha256, timeout_s=PROBE_TIMEOUT_S)
     if not isinstance(answer.get("found"), dict):
         raise DeviceError(f"{agent.label}: the builder found {answer.get('found')!r:.200}, which is no table")
-    return dict(answer["found"])
+    return answers.read(answer["found"], dict[str, Any], agent.label, "probe")
 
 
 def build(
@@ -66,8 +66,8 @@ def build(
     answer = agent.ask("build", visit="build", hear=hear, job=job, timeout_s=timeout_s)
     try:
         made = msgspec.convert(answer["made"], dict[str, Made])
-        report = msgspec.convert(answer["report"], dict[str, Any])
-    except (KeyError, msgspec.ValidationError) as error:
+        report = msgspec.convert(answers.bounded(answer["report"]), dict[str, Any])
+    except (KeyError, ValueError, msgspec.ValidationError) as error:
         raise DeviceError(f"{agent.label}: the builder's answer is not one: {error}") from error
     return report, made
 
@@ -78,10 +78,4 @@ def fetch(agent: Agent, transport: Transport, made: Made, local: Path) -> None:
     Raises:
         TransferError: it did not arrive, or something else did.
     """
-    transport.get(f"{agent.root}/objects/{made.sha256}", local)
-    found = sha256_file(local)
-    if found != made.sha256:
-        local.unlink()
-        raise TransferError(
-            f"{agent.label}: {local.name} arrived with the digest {found} instead of {made.sha256}; try again"
-        )
+    bundle.fetch(agent, transport, "objects", made.sha256, made.size_bytes, local)

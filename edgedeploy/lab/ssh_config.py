@@ -158,7 +158,7 @@ def _jumps(spec: str, settings: _Settings, device: Device) -> tuple[Hop, ...]:
             raise DocumentError(
                 f"the way to {device.host} has more than {_MAX_JUMPS} jump hosts; does one jump through itself?"
             )
-        addresses = [_parse_address(part) for part in spec.split(",")]
+        addresses = [parse_address(part) for part in spec.split(",")]
         found = [settings.of(host) for _, host, _ in addresses]
         hops[:0] = [
             _hop(
@@ -175,15 +175,15 @@ def _jumps(spec: str, settings: _Settings, device: Device) -> tuple[Hop, ...]:
     return tuple(hops)
 
 
-def _parse_address(text: str) -> tuple[str, str, int]:
+def parse_address(text: str, what: str = "the jump host") -> tuple[str, str, int]:
     """Return (user, host, port) of "user@host:port"; what is left out is "" or 0.
 
-    >>> _parse_address("alice@[::1]:2222"), _parse_address("gate")
+    >>> parse_address("alice@[::1]:2222"), parse_address("gate")
     (('alice', '::1', 2222), ('', 'gate', 0))
     """
     match = _ADDRESS.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"the jump host {text!r} is not an address like user@host:port")
+        raise UsageError(f"{what} {text!r} is not an address like user@host:port")
     return match["user"] or "", match["host"].strip("[]"), int(match["port"] or 0)
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import base64
 import errno
+import hmac
 import logging
+import re
 import shlex
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgedeploy.errors import DeviceUnreachable, DocumentError, ToolchainError
+from edgedeploy.errors import DeviceUnreachable, DocumentError, LoginRefused, ToolchainError
 from edgedeploy.lab.ssh_config import MISSING, Hop
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _PARAMIKO_LOG = f"{__name__}.paramiko"
 _KEEPALIVE_S = 15  # below the shortest idle limit that home routers and firewalls are known for (30 s)
+_HASHED = re.compile(r"\|1\|([A-Za-z0-9+/]{27}=)\|([A-Za-z0-9+/]{27}=)")  # salt and digest, 20 bytes each
 _USUAL_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
@@ -68,6 +72,43 @@ def log_in(route: Sequence[Hop], label: str, *, connect_timeout_s: float, silenc
     return connections
 
 
+def shown_key(
+    route: Sequence[Hop], label: str, *, connect_timeout_s: float, silence_s: float, kinds: Sequence[str] = ()
+) -> paramiko.PKey:
+    """Return the host key that the last server of a route shows: nothing is sent to it; the hops before are checked.
+
+    Args:
+        route: from `ssh_config.route`.
+        label: how errors name the last server.
+        connect_timeout_s: as in `log_in`.
+        silence_s: as in `log_in`.
+        kinds: types of key to ask for first: servers have several.
+
+    Raises:
+        DeviceUnreachable: with the reason and what to do next.
+        ToolchainError: paramiko is missing.
+    """
+    *jumps, hop = route
+    jump = f"the jump host {jumps[-1]} of {label}" if jumps else label
+    before = log_in(jumps, jump, connect_timeout_s=connect_timeout_s, silence_s=silence_s)
+    try:
+        stream: socket.socket | paramiko.Channel
+        if before:
+            stream = _through(before[-1], hop, label, connect_timeout_s)
+        else:
+            stream = _connected_socket(hop, label, connect_timeout_s, silence_s)
+        connection = _new_connection(stream, connect_timeout_s)
+        try:
+            _prefer(connection, kinds)
+            _shake_hands(connection, hop, label, connect_timeout_s)
+            return connection.get_remote_server_key()
+        finally:
+            connection.close()
+            stream.close()
+    finally:
+        log_out(before)
+
+
 def log_out(connections: Sequence[paramiko.Transport]) -> None:
     """Close connections, the device's first."""
     for connection in reversed(connections):
@@ -98,7 +139,9 @@ def _connected_socket(hop: Hop, who: str, timeout_s: float, silence_s: float) ->
                 f"{who} cannot be reached: there is no route to {hop.host}; check the network, or whether it "
                 "needs a jump host"
             ) from error
-        raise DeviceUnreachable(f"{who} cannot be reached: {error}") from error
+        raise DeviceUnreachable(
+            f"{who} cannot be reached: {error}; is it starting or shutting down, or does a firewall stand between?"
+        ) from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; keepalive alone never notices a dead peer with data on the way
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -120,23 +163,28 @@ def _through(jump: paramiko.Transport, hop: Hop, who: str, timeout_s: float) -> 
 
 
 def _log_in_to(hop: Hop, stream: socket.socket | paramiko.Channel, who: str, timeout_s: float) -> paramiko.Transport:
-    import paramiko
-
-    known = _known_keys(hop)
-    connection = paramiko.Transport(stream)
-    connection.set_log_channel(_quiet_log())
-    connection.banner_timeout = connection.auth_timeout = connection.channel_timeout = timeout_s
-    connection.handshake_timeout = timeout_s + 1  # looks like a dropped connection: start_client's limit comes first
+    known = known_keys(hop)
+    connection = _new_connection(stream, timeout_s)
     try:
         _prefer(connection, [key.get_name() for key in known])
         _shake_hands(connection, hop, who, timeout_s)
-        _check_host_key(connection.get_remote_server_key(), known, hop, who)
+        check_host_key(connection.get_remote_server_key(), known, hop, who)
         _authenticate(connection, hop, who, timeout_s)
     except BaseException:
         connection.close()
         stream.close()
         raise
     connection.set_keepalive(_KEEPALIVE_S)
+    return connection
+
+
+def _new_connection(stream: socket.socket | paramiko.Channel, timeout_s: float) -> paramiko.Transport:
+    from edgedeploy.lab.ssh_connection import Connection
+
+    connection = Connection(stream)
+    connection.set_log_channel(_quiet_log())
+    connection.banner_timeout = connection.auth_timeout = connection.channel_timeout = timeout_s
+    connection.handshake_timeout = timeout_s + 1  # looks like a dropped connection: start_client's limit comes first
     return connection
 
 
@@ -184,7 +232,7 @@ def _shake_hands(connection: paramiko.Transport, hop: Hop, who: str, timeout_s: 
 # --- the host's key
 
 
-def _known_keys(hop: Hop) -> list[paramiko.PKey]:
+def known_keys(hop: Hop) -> list[paramiko.PKey]:
     """Return the host keys that the person has accepted for a server.
 
     paramiko's own reader gives up on files with @revoked or @cert-authority lines.
@@ -199,7 +247,7 @@ def _known_keys(hop: Hop) -> list[paramiko.PKey]:
             keys.append(paramiko.PKey.from_type_string(fields[1], base64.b64decode(fields[2], validate=True)))
         except paramiko.pkey.UnknownKeyType:
             continue  # of a hardware token, say: another line may hold a key that we can check
-        except (ValueError, paramiko.SSHException) as error:
+        except (ValueError, IndexError, struct.error, paramiko.SSHException) as error:
             raise DocumentError(f"{file}, line {number} holds a broken key of {hop.host_key_name}: {error}") from error
     return keys
 
@@ -208,7 +256,7 @@ def _known_hosts_lines(hop: Hop) -> Iterator[tuple[Path, int, list[str]]]:
     """Yield (file, line number, words) of everything but comments."""
     for file in hop.known_hosts:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() ends comments at vertical tabs too
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
@@ -219,10 +267,10 @@ def _known_hosts_lines(hop: Hop) -> Iterator[tuple[Path, int, list[str]]]:
 
 
 def _is_name_of(name: str, hop: Hop) -> bool:
-    import paramiko
-
-    if name.startswith("|1|"):  # hashed, so that a stolen file does not tell where we go
-        return paramiko.HostKeys.hash_host(hop.host_key_name, name) == name
+    # Hashed, so that a stolen file does not tell where we go; paramiko's own check fails on broken ones.
+    if hashed := _HASHED.fullmatch(name):
+        salt, digest = map(base64.b64decode, hashed.groups())
+        return hmac.digest(salt, hop.host_key_name.encode(), "sha1") == digest
     return name == hop.host_key_name
 
 
@@ -238,10 +286,11 @@ def _prefer(connection: paramiko.Transport, known_types: Sequence[str]) -> None:
     options.key_types = [*wanted, *(name for name in options.key_types if name not in wanted)]
 
 
-def _check_host_key(key: paramiko.PKey, known: Sequence[paramiko.PKey], hop: Hop, who: str) -> None:
+def check_host_key(key: paramiko.PKey, known: Sequence[paramiko.PKey], hop: Hop, who: str) -> None:
+    """Raise DeviceUnreachable, with what to do next, unless a server's key is one of those that are known for it."""
     kind = key.get_name()
     if _is_revoked(key, hop):
-        raise DeviceUnreachable(
+        raise LoginRefused(
             f"{who} shows the {kind} host key {key.fingerprint}, which a known_hosts file marks as @revoked; "
             "nothing was sent to it"
         )
@@ -254,13 +303,13 @@ def _check_host_key(key: paramiko.PKey, known: Sequence[paramiko.PKey], hop: Hop
     )
     if known:
         old = next((candidate for candidate in known if candidate.get_name() == kind), known[0])
-        raise DeviceUnreachable(
+        raise LoginRefused(
             f"THE HOST KEY OF {hop.host_key_name} HAS CHANGED: {who} now shows {kind} {key.fingerprint}, but "
             f"known_hosts has {old.get_name()} {old.fingerprint}. Either it was installed anew, or somebody is "
             f"listening in; nothing was sent to it. If you know why, {compare}, and then run: "
             f"ssh-keygen -R {shlex.quote(hop.host_key_name)} -f {shlex.quote(str(file))} && {_accept(key, hop)}"
         )
-    raise DeviceUnreachable(
+    raise LoginRefused(
         f"{who} is not a known host: it shows the {kind} key {key.fingerprint}; {compare}, and accept it with: "
         f"{_accept(key, hop)}"
     )
@@ -300,7 +349,7 @@ def _authenticate(connection: paramiko.Transport, hop: Hop, who: str, timeout_s:
         try:
             further = connection.auth_publickey(hop.user, key)
         except paramiko.BadAuthenticationType as error:
-            raise DeviceUnreachable(
+            raise LoginRefused(
                 f"{who} accepts no keys for the user {hop.user!r}, only {', '.join(error.allowed_types)}; allow "
                 "PubkeyAuthentication in its sshd_config"
             ) from error
@@ -317,12 +366,12 @@ def _authenticate(connection: paramiko.Transport, hop: Hop, who: str, timeout_s:
                 ) from error
             continue  # this key was refused: the next one
         if further:
-            raise DeviceUnreachable(
+            raise LoginRefused(
                 f"{who} accepted {description} but demands a second factor ({', '.join(further)}), which edgedeploy "
                 "cannot give; make an exception for this user in its sshd_config"
             )
         return
-    raise DeviceUnreachable(
+    raise LoginRefused(
         f"{who} does not let the user {hop.user!r} in: tried {_listed(tried)}; check user and key in lab.toml, and "
         f"that the public key is in ~{hop.user}/.ssh/authorized_keys there (`ssh-copy-id`)"
     )

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import errno
 import os
-import queue
 import shutil
 import signal
 import subprocess
@@ -20,10 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from edgedeploy.errors import DeviceUnreachable, TransferError
+from edgedeploy.errors import DeviceError, DeviceUnreachable, TransferError, UsageError
+from edgedeploy.lab.answers import visible
+from edgedeploy.lab.lines import Lines
 from edgedeploy.storage import atomic_path
+from edgedeploy.units import format_bytes
 
 STDERR_LINES = 20
+# Where an upload that was cut off can go on: what came after the last multiple of this is sent again.
+RESUME_BYTES = 1 << 20
+# What a command may print on each of its streams.
+SAID_BYTES = 16 << 20
+# What is read of a stream at once; what is kept of a line of stderr.
+_CHUNK_BYTES = 1 << 16
+_NOISE_BYTES = 1 << 12
 # How long a process may take to end after its stdin was closed, before it is killed.
 FAREWELL_S = 5.0
 
@@ -33,7 +42,7 @@ class Completed:
     """A finished command on the device.
 
     Attributes:
-        status: exit status; None when the command was killed by a signal or the device did not say.
+        status: exit status; negative: the signal that killed it; None: the device did not say.
     """
 
     status: int | None
@@ -78,13 +87,33 @@ class Transport(Protocol):
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def run(self, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") -> Completed:
-        """Run a command to its end; argv is never joined without quoting."""
+    def is_connected(self) -> bool:
+        """Ask whether the device still answers; what was started over a lost connection is lost with it."""
 
-    def put(self, local: Path, remote: str) -> None:
+    def reconnect(self) -> None:
+        """Connect again, trying for the device's timeout_s; nothing that was started before is reached any more.
+
+        Raises:
+            DeviceUnreachable: it did not come back, or is not the same any more.
+        """
+
+    def run(self, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") -> Completed:
+        """Run a command to its end; argv is never joined without quoting.
+
+        Raises:
+            DeviceUnreachable: the connection was lost, or the command did not end in time and was killed.
+            DeviceError: it printed more than SAID_BYTES.
+        """
+
+    def put(self, local: Path, remote: str, *, offset: int = 0) -> None:
         """Copy a file to the device, making parent directories.
 
         What stands at `remote` may be partial when this raises: put to a temporary name, verify, rename.
+
+        Args:
+            local: the whole file.
+            remote: where it goes; what stands there is replaced, or gone on with where there is an offset.
+            offset: bytes at the start of `remote` that are right already; a multiple of RESUME_BYTES.
 
         Raises:
             TransferError: disk full, read-only, permission, lost connection: named as such.
@@ -96,8 +125,17 @@ class Transport(Protocol):
     def remove(self, remote: str) -> None:
         """Delete a file on the device; a missing file is not an error."""
 
-    def get(self, remote: str, local: Path) -> None:
-        """Copy a file from the device, whole or not at all. Raises TransferError."""
+    def get(self, remote: str, local: Path, *, most_bytes: int) -> None:
+        """Copy a file from the device, whole or not at all.
+
+        Args:
+            remote: the file there.
+            local: where it goes; what stands there stays when this raises.
+            most_bytes: a longer one is not fetched further than this.
+
+        Raises:
+            TransferError: it is longer, cannot be read, or the connection was lost.
+        """
 
     def open_channel(self, argv: Sequence[str]) -> Channel:
         """Start a process on the device and talk to it in lines."""
@@ -112,6 +150,16 @@ def why_not(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return "permission denied; choose a root that this user may write to in lab.toml"
     return error.strerror or str(error)
+
+
+def refuse_nul(argv: Sequence[str], label: str) -> None:
+    r"""Raise UsageError for a word that no program can be given: everything else is passed on as it is.
+
+    >>> refuse_nul(["cat", "--", "a\n$(b) 'c' -d"], "device 'pi'")
+    """
+    for word in argv:
+        if "\0" in word:
+            raise UsageError(f"{label}: {word!r} has a NUL in it, which no command can be given; check lab.toml")
 
 
 def how_it_ended(status: int) -> str:
@@ -141,6 +189,7 @@ class LocalChannel:
 
     def __init__(self, label: str, argv: Sequence[str]) -> None:
         self._label = label
+        refuse_nul(argv, label)
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -152,7 +201,7 @@ class LocalChannel:
             )
         except OSError as error:
             raise DeviceUnreachable(f"{label}: {argv[0]} cannot be started: {error.strerror or error}") from error
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lines = Lines()
         self._stderr: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -164,12 +213,12 @@ class LocalChannel:
             reader.start()
 
     def _read_lines(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            self._lines.put(line.rstrip(b"\n"))
-        self._lines.put(None)
+        while data := os.read(stream.fileno(), _CHUNK_BYTES):
+            self._lines.feed(data)
+        self._lines.end()
 
     def _read_stderr(self, stream: IO[bytes]) -> None:
-        for line in stream:
+        while line := stream.readline(_NOISE_BYTES):
             self._stderr.append(line.decode("utf-8", "replace").rstrip())
 
     def send_line(self, line: bytes) -> None:
@@ -184,13 +233,11 @@ class LocalChannel:
     def receive_line(self, timeout_s: float) -> bytes | None:
         """Return the next line, or None when nothing came in time; raises DeviceUnreachable when there is none."""
         try:
-            line = self._lines.get(timeout=max(timeout_s, 0.0))
-        except queue.Empty:
-            return None
-        if line is None:
-            self._lines.put(None)  # it stays ended
-            raise DeviceUnreachable(f"{self._label}: the runner {self._ending()}")
-        return line
+            return self._lines.get(timeout_s)
+        except EOFError as error:
+            if self._lines.problem:
+                raise DeviceError(f"{self._label}: {self._lines.problem}") from error
+            raise DeviceUnreachable(f"{self._label}: the runner {self._ending()}") from error
 
     def _ending(self) -> str:
         try:
@@ -202,11 +249,12 @@ class LocalChannel:
         """Return the last 20 lines that the process wrote to stderr."""
         if self._process.poll() is not None:
             self._readers[1].join(timeout=1.0)  # what it said last may still be on its way
-        return "\n".join(self._stderr)
+        return visible("\n".join(self._stderr))
 
     def close(self) -> None:
         """End the process: ask by closing its stdin, then kill it and its group."""
         assert self._process.stdin is not None
+        self._lines.end()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -230,12 +278,20 @@ class LocalTransport:
     def __exit__(self, *exception: object) -> None:
         return None
 
+    def is_connected(self) -> bool:
+        """Say that this machine answers itself."""
+        return True
+
+    def reconnect(self) -> None:
+        """Do nothing: there is no connection to lose."""
+
     def run(self, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") -> Completed:
         """Run a command to its end; a program that does not exist gives status 127, as in a shell.
 
         Raises:
             DeviceUnreachable: it did not end in time; it and what it started are dead then.
         """
+        refuse_nul(argv, self.label)
         try:
             process = subprocess.Popen(
                 argv,
@@ -255,14 +311,20 @@ class LocalTransport:
         finally:
             if process.returncode is None:
                 _end(process)
-        return Completed(process.returncode if process.returncode >= 0 else None, stdout, stderr)
+        if max(len(stdout), len(stderr)) > SAID_BYTES:
+            raise DeviceError(f"{self.label}: {argv[0]} printed more than {format_bytes(SAID_BYTES)}")
+        return Completed(process.returncode, stdout, stderr)
 
-    def put(self, local: Path, remote: str) -> None:
+    def put(self, local: Path, remote: str, *, offset: int = 0) -> None:
         """Copy a file, making parent directories; it may be partial when this raises."""
         target = self._path(remote)
         with self._telling(f"cannot write {target}"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(local, target)
+            with local.open("rb") as source, target.open("r+b" if offset else "wb") as stream:
+                source.seek(offset)
+                stream.seek(offset)
+                shutil.copyfileobj(source, stream, RESUME_BYTES)
+                stream.truncate()
 
     def rename(self, old: str, new: str) -> None:
         """Move a file, replacing what is there, atomically."""
@@ -274,10 +336,16 @@ class LocalTransport:
         with self._telling(f"cannot delete {self._path(remote)}"):
             self._path(remote).unlink(missing_ok=True)
 
-    def get(self, remote: str, local: Path) -> None:
+    def get(self, remote: str, local: Path, *, most_bytes: int) -> None:
         """Copy a file from the device, whole or not at all."""
-        with self._telling(f"cannot copy {self._path(remote)} to {local}"), atomic_path(local) as part:
-            shutil.copyfile(self._path(remote), part)
+        source = self._path(remote)
+        with self._telling(f"cannot copy {source} to {local}"), atomic_path(local) as part:
+            if (size_bytes := source.stat().st_size) > most_bytes:
+                raise TransferError(
+                    f"{self.label}: {source} has {format_bytes(size_bytes)}, and no more than "
+                    f"{format_bytes(most_bytes)} were expected"
+                )
+            shutil.copyfile(source, part)
 
     def open_channel(self, argv: Sequence[str]) -> Channel:
         """Start a process and talk to it in lines."""

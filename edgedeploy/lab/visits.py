@@ -18,16 +18,19 @@ from typing import Any, Literal
 import msgspec
 
 from edgedeploy.errors import DeviceError, TransferError
+from edgedeploy.lab import answers, bundle
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.transport import Transport
 from edgedeploy.records.run import Boundary, Burst, Conditions, LayerTime, MemoryVisit, Visit
 from edgedeploy.records.target import ConditionLimits
-from edgedeploy.storage import sha256_file
+from edgedeploy.units import format_bytes
 
 # Kernels count CPU time in ticks of 10 ms; over a shorter time the share of others cannot be told.
 LEAST_LOAD_SPAN_S = 0.2
 # What a distribution-free bound on the 95th percentile needs.
 LEAST_SAMPLES = 59
+# The answers of a segmentation network to thousands of samples are a tenth of this.
+MOST_OUTPUT_BYTES = 8 << 30
 # Rounds of bursts that the device does by itself before the host looks at the clock.
 _ROUNDS_AT_ONCE = 10
 
@@ -39,6 +42,7 @@ class Side:
     Attributes:
         cell: its name in errors and events.
         batch: samples of the inputs file that one inference takes.
+        runtime: the provisioned runtime on the device that the session is opened with; "": what its Python has.
     """
 
     cell: str
@@ -47,6 +51,7 @@ class Side:
     options: Mapping[str, Any]
     inputs_sha256: str
     batch: int = 1
+    runtime: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +128,10 @@ class _OpenVisit:
     side: Side
     name: str
     position: int
-    opened: dict[str, Any]
+    opened: answers.Opened
     before: Conditions
+    boundary: Boundary
+    cooled: answers.Cooled | None
     bursts: list[Burst] = field(default_factory=list)
 
     def measured(self, block: int, after: Conditions, foreign_load: float | None, dropped: str) -> Measured:
@@ -132,17 +139,19 @@ class _OpenVisit:
         visit = Visit(
             block=block,
             position=self.position,
-            load_s=self.opened["load_s"],
-            first_inference_s=self.opened["first_inference_ns"] / 1e9,
-            warm_up_samples_s=_seconds(self.opened["warm_up_ns"]),
-            is_steady=self.opened["is_steady"],
+            load_s=self.opened.load_s,
+            first_inference_s=self.opened.first_inference_ns / 1e9,
+            warm_up_samples_s=_seconds(self.opened.warm_up_ns),
+            is_steady=self.opened.is_steady,
             bursts=tuple(self.bursts),
             before=self.before,
             after=after,
             foreign_load=foreign_load,
             dropped=dropped,
+            cooled_s=self.cooled.waited_s if self.cooled else None,
+            is_cool=self.cooled.reached if self.cooled else None,
         )
-        return Measured(self.side, visit, self.opened["runtime"], _boundary(self.opened))
+        return Measured(self.side, visit, self.opened.runtime, self.boundary)
 
 
 def measure_block(agent: Agent, sides: Sequence[Side], schedule: Schedule, *, block: int, seed: int) -> list[Measured]:
@@ -190,14 +199,16 @@ class _Group:
         self.finished: dict[int, Measured] = {}
 
     def measure(self, sides: Sequence[tuple[int, Side]], first_position: int) -> None:
-        """Open all, alternate their bursts, read the conditions, close all."""
-        schedule = self._schedule
+        """Wait until it is cool where that is asked for; open all, alternate bursts, read the conditions, close all."""
+        schedule, cooled = self._schedule, self._agent.cool()
         # A process that does not exist yet has used no CPU time: this zero is a fact.
         before = msgspec.structs.replace(self._agent.conditions()[""], own_core_s=0.0)
         for position, (number, side) in enumerate(sides, start=first_position):
             name = f"{side.cell} block {self._block}.{position}"
-            opened = self._agent.ask("open", visit=name, job=_job(side, schedule), timeout_s=schedule.open_timeout_s)
-            self._open[number] = _OpenVisit(side, name, position, opened, before)
+            said = self._agent.ask("open", visit=name, job=_job(side, schedule), timeout_s=schedule.open_timeout_s)
+            opened = answers.read(said, answers.Opened, self._agent.label, f"open in visit {name!r}")
+            boundary = _boundary(self._agent, opened)
+            self._open[number] = _OpenVisit(side, name, position, opened, before, boundary, cooled)
         self._alternate([number for number, _ in sides])
         after = self._agent.conditions([visit.name for visit in self._open.values()])
         foreign_load = load_of_others(before, [after[visit.name] for visit in self._open.values()])
@@ -224,7 +235,13 @@ class _Group:
                 lead_in=schedule.lead_in,
                 timeout_s=schedule.burst_timeout_s,
             )
-            for (pair, number), samples_ns in zip(turn, answer["samples_ns"], strict=True):
+            taken = answers.read(answer, answers.Bursts, self._agent.label, "bursts").samples_ns
+            if [len(samples_ns) for samples_ns in taken] != [schedule.samples_per_burst] * len(turn):
+                raise DeviceError(
+                    f"{self._agent.label}: the runner was asked for {len(turn)} bursts of {schedule.samples_per_burst} "
+                    "inferences and sent another number"
+                )
+            for (pair, number), samples_ns in zip(turn, taken, strict=True):
                 self._open[number].bursts.append(Burst(pair=pair, samples_s=_seconds(samples_ns)))
 
     def abandon(self, reason: str) -> None:
@@ -252,7 +269,8 @@ def measure_memory(agent: Agent, side: Side, schedule: Schedule | None = None) -
         count=schedule.memory_inferences,
         timeout_s=schedule.open_timeout_s,
     )
-    return MemoryVisit(peak_rss_bytes=answer["peak_rss_bytes"], import_rss_bytes=answer["import_rss_bytes"])
+    said = answers.read(answer, answers.Memory, agent.label, "memory")
+    return MemoryVisit(peak_rss_bytes=said.peak_rss_bytes, import_rss_bytes=said.import_rss_bytes)
 
 
 def profile(agent: Agent, side: Side, schedule: Schedule | None = None) -> tuple[LayerTime, ...]:
@@ -269,10 +287,7 @@ def profile(agent: Agent, side: Side, schedule: Schedule | None = None) -> tuple
         count=schedule.profile_inferences,
         timeout_s=schedule.open_timeout_s,
     )
-    try:
-        return msgspec.convert(answer["layers"], tuple[LayerTime, ...])
-    except (KeyError, msgspec.ValidationError) as error:
-        raise DeviceError(f"{agent.label}: the runner's times of operators are none: {error}") from error
+    return answers.read(answer.get("layers"), tuple[LayerTime, ...], agent.label, "profile")
 
 
 def compute_outputs(
@@ -290,18 +305,15 @@ def compute_outputs(
     answer = agent.ask(
         "outputs", visit=f"{side.cell} outputs", job=_job(side, schedule), timeout_s=schedule.outputs_timeout_s
     )
-    transport.get(answer["path"], local_path)
-    found = sha256_file(local_path)
-    if found != answer["sha256"]:
-        local_path.unlink()
+    said = answers.read(answer, answers.Written, agent.label, "outputs")
+    if said.size_bytes > MOST_OUTPUT_BYTES:
         raise TransferError(
-            f"{agent.label}: the outputs of {side.cell} arrived with the digest {found} instead of {answer['sha256']}; "
-            "try again"
+            f"{agent.label}: the outputs of {side.cell} have {format_bytes(said.size_bytes)}, and no more than "
+            f"{format_bytes(MOST_OUTPUT_BYTES)} are fetched; evaluate on fewer samples"
         )
-    transport.remove(answer["path"])
-    return DeviceOutputs(
-        answer["sha256"], answer["samples"], answer["is_repeatable"], answer["runtime"], _boundary(answer)
-    )
+    bundle.fetch(agent, transport, "outputs", said.sha256, said.size_bytes, local_path)
+    transport.remove(f"{agent.root}/outputs/{said.sha256}")
+    return DeviceOutputs(said.sha256, said.samples, said.is_repeatable, said.runtime, _boundary(agent, said))
 
 
 def load_of_others(before: Conditions, after: Sequence[Conditions]) -> float | None:
@@ -362,6 +374,7 @@ def _job(side: Side, schedule: Schedule) -> dict[str, object]:
         "inputs": side.inputs_sha256,
         "options": dict(side.options),
         "batch": side.batch,
+        **({"runtime": side.runtime} if side.runtime else {}),
         "warm_up": {
             "window": schedule.warm_up_window,
             "tolerance": schedule.warm_up_tolerance,
@@ -389,5 +402,5 @@ def _seconds(nanoseconds: Sequence[int]) -> tuple[float, ...]:
     return tuple(value / 1e9 for value in nanoseconds)
 
 
-def _boundary(answer: Mapping[str, Any]) -> Boundary:
-    return msgspec.convert(answer["boundary"], Boundary)
+def _boundary(agent: Agent, said: answers.Opened | answers.Written) -> Boundary:
+    return answers.read(said.boundary, Boundary, agent.label, "what its timed region includes")

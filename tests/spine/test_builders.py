@@ -140,7 +140,7 @@ def test_a_host_that_leaves_in_the_middle_of_a_build_leaves_nothing_behind(site)
 
 def test_what_arrives_as_something_else_is_refused(site, tmp_path):
     _, made = site.build()
-    (Path(site.root) / "objects" / made["engine"].sha256).write_bytes(b"tampered")
+    (Path(site.root) / "objects" / made["engine"].sha256).write_bytes(b"x" * made["engine"].size_bytes)
     with pytest.raises(TransferError, match="arrived with the digest"):
         builders.fetch(site.agent, site.transport, made["engine"], tmp_path / "fetched")
     assert not (tmp_path / "fetched").exists()

@@ -24,6 +24,8 @@ OPENED = {
 class ScriptedAgent:
     """An agent that answers at once and writes down what it was asked: "open a", "burst b" ..."""
 
+    label = "device 'board'"
+
     def __init__(self, fail_at: str = "", error: Exception | None = None, fail_after: int = 0) -> None:
         self.asked: list[str] = []
         self.fail_after = fail_after
@@ -36,6 +38,9 @@ class ScriptedAgent:
             if self.error is not None and step == self.fail_at and self.asked.count(step) > self.fail_after:
                 raise self.error
         return OPENED if do == "open" else {"samples_ns": [[7] * fields.get("count", 0) for _ in steps]}
+
+    def cool(self):
+        return None
 
     def conditions(self, visits=()):
         now = Conditions(monotonic_s=float(len(self.asked)), busy_core_s=2.0 * len(self.asked))

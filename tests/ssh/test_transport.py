@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgedeploy.errors import DeviceUnreachable, TransferError
+from edgedeploy.errors import DeviceError, DeviceUnreachable, TransferError
 from edgedeploy.lab.ssh import SshTransport
 from edgedeploy.storage import sha256_file
 
@@ -90,8 +91,9 @@ def test_missing_program_has_status_127(board: SshTransport) -> None:
     assert board.run(["no-such-program"], timeout_s=20).status == 127
 
 
-def test_death_by_signal_is_no_status_and_no_lost_connection(board: SshTransport) -> None:
-    assert board.run(["sh", "-c", "kill -9 $$"], timeout_s=20).status is None
+@pytest.mark.parametrize("name", ["KILL", "SEGV", "ILL", "TERM"])
+def test_death_by_signal_is_told_by_its_number_and_is_no_lost_connection(board: SshTransport, name: str) -> None:
+    assert board.run(["sh", "-c", f"kill -s {name} $$"], timeout_s=20).status == -signal.Signals[f"SIG{name}"]
     assert board.run(["true"], timeout_s=20).status == 0
 
 
@@ -130,7 +132,7 @@ def test_big_file_survives_the_round_trip(board: SshTransport, big_file: Path, t
     remote = str(tmp_path / "on device" / "deep" / "big.part")
     board.put(big_file, remote)
     board.rename(remote, f"{remote}-done")
-    board.get(f"{remote}-done", tmp_path / "back")
+    board.get(f"{remote}-done", tmp_path / "back", most_bytes=big_file.stat().st_size)
     assert sha256_file(tmp_path / "back") == sha256_file(big_file)
     assert not Path(remote).exists()
     board.remove(f"{remote}-done")
@@ -158,7 +160,7 @@ def test_missing_remote_file_leaves_the_local_one_alone(board: SshTransport, tmp
     local = tmp_path / "local"
     local.write_text("kept")
     with pytest.raises(TransferError, match="there is no /nowhere/x on the device"):
-        board.get("/nowhere/x", local)
+        board.get("/nowhere/x", local, most_bytes=100)
     assert local.read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
@@ -223,7 +225,7 @@ def test_download_over_a_dying_connection_leaves_nothing(
         watcher.start()
         with pytest.raises(TransferError, match=expected):
             for number in range(100):
-                board.get(str(big_file), tmp_path / f"back{number}")
+                board.get(str(big_file), tmp_path / f"back{number}", most_bytes=1 << 30)
         watcher.join()
     sshd.thaw()
     assert list(tmp_path.glob(".back*")) == []
@@ -231,18 +233,71 @@ def test_download_over_a_dying_connection_leaves_nothing(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_device_without_sftp_is_named(sshd: Sshd, small_file: Path) -> None:
-    sshd.stop()
-    sshd.start(options="Subsystem sftp /bin/false\n")
-    with sshd.transport() as board, pytest.raises(TransferError, match="SFTP"):
-        board.put(small_file, "/tmp/never")
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_file_that_is_longer_than_expected_is_not_fetched(board: SshTransport, tmp_path: Path, size: int) -> None:
+    (tmp_path / "flood").write_bytes(b"x" * size)
+    local = tmp_path / "local"
+    local.write_text("kept")
+    with pytest.raises(TransferError, match=r"longer than the 999 B that were expected"):
+        board.get(str(tmp_path / "flood"), local, most_bytes=999)
+    assert local.read_text() == "kept"
+    board.get(str(tmp_path / "flood"), local, most_bytes=size)
+    assert local.stat().st_size == size
 
 
-def test_noisy_login_shell_is_named(sshd: Sshd, small_file: Path) -> None:
+def test_file_without_end_is_given_up_at_its_limit(board: SshTransport, tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match=r"longer than the 8 MiB"):
+        board.get("/dev/zero", tmp_path / "zeros", most_bytes=8 << 20)
+    assert list(tmp_path.glob("*zeros*")) == []
+
+
+def test_upload_goes_on_where_it_was_told_to(board: SshTransport, big_file: Path, tmp_path: Path) -> None:
+    data, there = big_file.read_bytes(), tmp_path / "there"
+    there.write_bytes(data[: 5 << 20] + b"what was lost on the way")
+    board.put(big_file, str(there), offset=5 << 20)
+    assert there.read_bytes() == data
+
+
+def test_device_without_sftp_and_with_a_noisy_shell_gets_and_gives_files(
+    sshd: Sshd, home: Path, big_file: Path, tmp_path: Path
+) -> None:
     sshd.stop()
-    sshd.start(options="Subsystem sftp internal-sftp\nForceCommand echo welcome to my board\n")
-    with sshd.transport() as board, pytest.raises(TransferError, match="prints something"):
-        board.put(small_file, "/tmp/never")
+    sshd.start(
+        options='Subsystem sftp /bin/false\nForceCommand echo welcome to my board; eval "$SSH_ORIGINAL_COMMAND"\n'
+    )
+    with sshd.transport() as board:
+        board.put(big_file, str(tmp_path / "there"))
+        board.get(str(tmp_path / "there"), tmp_path / "back", most_bytes=1 << 30)
+    assert sha256_file(tmp_path / "there") == sha256_file(tmp_path / "back") == sha256_file(big_file)
+
+
+def test_device_that_only_runs_a_command_of_its_own_is_told(sshd: Sshd, small_file: Path, tmp_path: Path) -> None:
+    sshd.stop()
+    sshd.start(options="ForceCommand echo locked\n")
+    with sshd.transport() as board, pytest.raises(TransferError, match="something else than what it was asked to"):
+        board.put(small_file, str(tmp_path / "never"))
+    with sshd.transport() as board, pytest.raises(TransferError, match="something else than what it was asked to"):
+        board.get(str(small_file), tmp_path / "never", most_bytes=100)
+    assert not (tmp_path / "never").exists()
+
+
+def test_device_that_opens_one_session_only_is_told(sshd: Sshd, small_file: Path, tmp_path: Path) -> None:
+    sshd.stop()
+    sshd.start(options="MaxSessions 1\n")
+    with sshd.transport() as board:
+        channel = board.open_channel(["cat"])
+        with pytest.raises(TransferError, match="raise MaxSessions"):
+            board.put(small_file, str(tmp_path / "never"))
+        channel.close()
+
+        def is_put() -> bool:  # the server takes a moment to see that its one session has ended
+            with contextlib.suppress(TransferError):
+                board.put(small_file, str(tmp_path / "there"))
+                return True
+            return False
+
+        assert eventually(is_put)
+    assert (tmp_path / "there").read_bytes() == small_file.read_bytes()
 
 
 # --- channels
@@ -267,13 +322,27 @@ def test_stderr_tail_is_bounded(board: SshTransport) -> None:
     channel.close()
 
 
+def test_stderr_cannot_command_the_terminal(board: SshTransport) -> None:
+    channel = board.open_channel(["sh", "-c", "printf '\\033[2J\\033]0;owned\\007 a\\rb\\n' >&2"])
+    with pytest.raises(DeviceUnreachable):
+        channel.receive_line(20)
+    assert channel.stderr_tail() == r"\x1b[2J\x1b]0;owned\x07 a\rb"
+    channel.close()
+
+
+@pytest.mark.parametrize("stream", ["", " >&2"])
+def test_command_that_floods_is_stopped_by_a_limit(board: SshTransport, stream: str) -> None:
+    with pytest.raises(DeviceError, match="printed more than 16 MiB"):
+        board.run(["sh", "-c", f"head -c 20000000 /dev/zero{stream}"], timeout_s=60)
+
+
 def test_process_that_ends_says_its_status(board: SshTransport) -> None:
     channel = board.open_channel(["sh", "-c", "echo last; exit 5"])
     assert channel.receive_line(20) == b"last"
     for _ in range(2):
-        with pytest.raises(DeviceUnreachable, match="ended with status 5"):
+        with pytest.raises(DeviceUnreachable, match="ended with exit status 5"):
             channel.receive_line(20)
-    with pytest.raises(DeviceUnreachable, match="ended with status 5"):
+    with pytest.raises(DeviceUnreachable, match="ended with exit status 5"):
         for _ in range(100):
             channel.send_line(b"x" * 100_000)
     channel.close()
@@ -281,7 +350,7 @@ def test_process_that_ends_says_its_status(board: SshTransport) -> None:
 
 def test_process_killed_by_a_signal_is_told_from_a_lost_connection(sshd: Sshd, board: SshTransport) -> None:
     killed = board.open_channel(["sh", "-c", "kill -9 $$"])
-    with pytest.raises(DeviceUnreachable, match="killed by a signal"):
+    with pytest.raises(DeviceUnreachable, match=r"was killed by SIGKILL \(often the kernel's out-of-memory killer\)"):
         killed.receive_line(20)
     lost = board.open_channel(["cat"])
     sshd.cut()

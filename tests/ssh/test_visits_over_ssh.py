@@ -169,13 +169,14 @@ def test_hanging_runner_is_told_by_its_silence_and_killed(board: Board) -> None:
     with pytest.raises(DeviceUnreachable, match="fell silent"), board.connected(timeout_s=3.0) as (transport, agent):
         bundle.ship(agent, transport, board.files)
         for process in board.processes():
-            os.kill(process, signal.SIGSTOP)
+            if b"\0watchdog\0" not in Path(f"/proc/{process}/cmdline").read_bytes():
+                os.kill(process, signal.SIGSTOP)
         measure(agent, board.side)
     assert board.is_left_clean()
 
 
 def test_killed_runner_is_told_from_a_lost_connection(board: Board) -> None:
-    with pytest.raises(DeviceUnreachable, match="killed by a signal"), board.connected() as (transport, agent):
+    with pytest.raises(DeviceUnreachable, match="killed by SIGKILL"), board.connected() as (transport, agent):
         bundle.ship(agent, transport, board.files)
         for process in board.processes():
             os.kill(process, signal.SIGKILL)
@@ -226,7 +227,7 @@ def test_read_only_root_is_named(board: Board, read_only_disk: Path) -> None:
         pass
 
 
-def test_upload_that_was_cut_off_is_never_trusted(board: Board, tmp_path: Path) -> None:
+def test_upload_that_was_cut_off_is_gone_on_with_over_a_new_connection(board: Board, tmp_path: Path) -> None:
     big = tmp_path / "big"
     big.write_bytes(os.urandom(1 << 20) * 24)
     digest = sha256_file(big)
@@ -237,16 +238,13 @@ def test_upload_that_was_cut_off_is_never_trusted(board: Board, tmp_path: Path) 
             time.sleep(0.002)
         board.sshd.cut()
 
-    with pytest.raises(TransferError, match="connection was lost"), board.connected() as (transport, agent):
+    with board.connected() as (transport, agent):
         watcher = threading.Thread(target=strike_when_half_way, daemon=True)
         watcher.start()
-        bundle.ship(agent, transport, {digest: big})
-    watcher.join()
-    assert board.is_left_clean()
-    assert not (objects / digest).exists()
-    with board.connected() as (transport, agent):
         assert bundle.ship(agent, transport, {digest: big}) == (digest,)
-    assert sha256_file(objects / digest) == digest
+        watcher.join()
+        assert sha256_file(objects / digest) == digest
+    assert board.is_left_clean()
 
 
 def test_half_an_object_under_its_full_name_is_never_trusted(board: Board) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgedeploy.errors import DeviceBusy, DeviceError, DeviceUnreachable, TransferError, VisitFailed
+from edgedeploy.errors import DeviceBusy, DeviceError, DeviceUnreachable, LeaseLost, TransferError, VisitFailed
 from edgedeploy.lab.conversation import Agent, Answer, Conversation, Heartbeat, Hello, Refusal
 
 FACTS = {
     "hostname": "pi", "machine": "aarch64", "system": "Linux", "kernel": "6.6", "os_name": "", "libc": "",
     "python": "3.8.10", "cpu_model": "Cortex-A72", "isa": ["asimd"], "cores": 4, "memory_bytes": None, "boot_id": "",
 }  # fmt: skip
-HELLO = {"event": "hello", "protocol": 1, "runner_sha256": "a" * 64, "python": "/usr/bin/python3", "facts": FACTS}
+LEASE = {"token": 3, "seconds": 60.0}
+HELLO = {"event": "hello", "protocol": 2, "runner_sha256": "a" * 64, "python": "/usr/bin/python3", "facts": FACTS,
+         "lease": LEASE}  # fmt: skip
 
 
 def line(**event) -> bytes:
@@ -96,8 +100,8 @@ def test_second_command_before_the_answer_is_refused():
 
 
 def test_other_protocol_is_refused_with_both_numbers():
-    with pytest.raises(DeviceError, match="speaks protocol 2, this edgedeploy speaks 1"):
-        Conversation().feed(line(**{**HELLO, "protocol": 2}))
+    with pytest.raises(DeviceError, match="speaks protocol 3, this edgedeploy speaks 2"):
+        Conversation().feed(line(**{**HELLO, "protocol": 3}))
 
 
 def test_greeting_of_a_login_shell_is_skipped_but_noise_after_hello_is_an_error():
@@ -154,15 +158,65 @@ def test_no_line_escapes_as_anything_but_an_event_or_a_device_error(lines):
 
 
 def test_agent_returns_the_fields_of_the_answer():
-    host = agent(line(**HELLO), line(event="heartbeat"), line(id=1, event="answer", missing=["b"]))
+    host = agent(
+        line(**HELLO), line(event="heartbeat"), line(id=1, event="answer", missing=["b"], parts=[], free_bytes=1)
+    )
     assert host.greet().python == "/usr/bin/python3"
     assert host.facts.hostname == "pi"
     assert host.missing(["a", "b"]) == ("b",)
 
 
 def test_busy_device_names_its_holder():
-    with pytest.raises(DeviceBusy, match="device 'pi' is in use by ada@desk"):
-        agent(line(event="busy", holder="ada@desk (process 1)")).greet()
+    with pytest.raises(DeviceBusy, match=r"device 'pi' is in use by ada@desk .* ends in 42 s .*--wait 10m.*release"):
+        agent(line(event="busy", holder="ada@desk (process 1)", expires_s=41.7)).greet()
+
+
+def test_queue_that_is_full_is_a_busy_device():
+    with pytest.raises(DeviceBusy, match="device 'pi' is in use: 12 others wait"):
+        agent(line(event="error", id=None, kind="busy", message="12 others wait for the device already")).greet()
+
+
+def test_place_in_the_queue_is_told_and_waiting_is_no_silence():
+    said = []
+    waiting = {"event": "waiting", "holder": "ada@desk\x1b[31m", "expires_s": 40, "position": 2, "of": 3}
+    host = Agent(
+        ScriptedChannel(line(**waiting), line(**HELLO)),
+        label="p",
+        root="r",
+        silence_s=0.01,
+        name="pi",
+        progress=said.append,
+    )
+    assert host.greet().lease.token == 3
+    assert said == ["pi: waiting for ada@desk\\x1b[31m (2nd of 3 in the queue)"]
+
+
+def test_lost_lease_is_an_error_of_its_own_whatever_was_asked():
+    lost = {"event": "error", "kind": "lease-lost", "message": "the device was taken away", "stderr_tail": ""}
+    host = agent(line(**HELLO), line(id=1, **lost), line(id=2, **lost))
+    host.greet()
+    for question in ({"do": "commit"}, {"do": "open", "visit": "v"}):
+        with pytest.raises(LeaseLost, match=r"device 'pi'.*was taken away"):
+            host.ask(**question)
+
+
+def test_lease_is_renewed_from_another_thread_until_the_agent_is_closed():
+    sent = threading.Event()
+
+    class Hearing(ScriptedChannel):
+        def send_line(self, line: bytes) -> None:
+            if json.loads(line) == {"do": "renew"}:
+                sent.set()
+
+    host = Agent(Hearing(line(**{**HELLO, "lease": {"token": 1, "seconds": 0.04}})), label="p", root="r", silence_s=1)
+    before = threading.active_count()
+    host.greet()
+    assert sent.wait(10)
+    host.close()
+    deadline_s = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    assert threading.active_count() == before
 
 
 def test_refused_visit_keeps_kind_visit_and_last_lines():
