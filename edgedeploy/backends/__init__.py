@@ -18,6 +18,7 @@ from edgedeploy.documents import closest, complaint, to_builtins
 from edgedeploy.errors import BackendMissing, UsageError
 from edgedeploy.records.artifact import Artifact, LayerReport
 from edgedeploy.records.model import Model
+from edgedeploy.records.runtime import DeviceRuntime
 from edgedeploy.records.target import Precision, Target
 
 ENTRY_POINT_GROUP = "edgedeploy.backends"
@@ -28,7 +29,8 @@ class Backend(Protocol):
 
     A back end does not hash, cache, log progress, choose paths, add flags or write manifests: the pipeline does. It may
     have `check(model, options)`, which is given the canonical model before anything is calibrated and raises what
-    `compile` would raise minutes later.
+    `compile` would raise minutes later; and `device_runtimes`, DeviceRuntime records in the order of preference, where
+    its runtime can be put on a device from here.
 
     Attributes:
         name: folder, extra and --backend all use this one word.
@@ -130,6 +132,12 @@ def session_file(name: str) -> Path:
     module = importlib.import_module(type(backend(name)).__module__)
     assert module.__file__ is not None
     return Path(module.__file__).parent / "session.py"
+
+
+def device_runtimes(name: str) -> tuple[DeviceRuntime, ...]:
+    """Return what can be provisioned for a back end's device half, preferred first; empty: the device brings it."""
+    found: tuple[DeviceRuntime, ...] = getattr(backend(name), "device_runtimes", ())
+    return found
 
 
 def session_options(artifact: Artifact) -> dict[str, Any]:

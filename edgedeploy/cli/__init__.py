@@ -27,7 +27,7 @@ _VERBS = {
     "gate": "measuring",
     "baseline": "baselines",
     "targets": "catalogue",
-    "devices": "catalogue",
+    "devices": "devices",
     "backends": "catalogue",
 }
 _SUMMARIES = {

@@ -41,6 +41,7 @@ Examples:
 @click.option("--name", help="What to call the model. [default: from SOURCE]")
 @click.option("--device", default="", help="Where to build what is tied to a device; see: edgedeploy devices list.")
 @console.lab_option
+@console.wait_option
 @console.trust_pickle_option
 @click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
 @console.quiet_option
@@ -60,6 +61,7 @@ def compile_command(
     name: str | None,
     device: str,
     lab: Path | None,
+    wait_s: float,
     trust_pickle: bool,
     rebuild: bool,
     quiet: bool,
@@ -86,6 +88,7 @@ def compile_command(
         name=name,
         device=device,
         lab=lab,
+        wait_s=wait_s,
         trust_pickle=trust_pickle,
         rebuild=rebuild,
         progress=console.progress(quiet),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgedeploy.documents import Record, as_document, to_builtins
 from edgedeploy.errors import UsageError
 from edgedeploy.records.artifact import OptionValue
 
@@ -40,6 +43,25 @@ backend_option = click.option(
     "--backend", default="onnxruntime", show_default=True, help="A runtime; see: edgedeploy backends list."
 )
 lab_option = click.option("--lab", type=click.Path(path_type=Path), help="The lab file. [default: user's lab.toml]")
+
+
+def _waiting_s(context: click.Context, option: click.Parameter, text: str) -> float:
+    from edgedeploy.units import parse_waiting
+
+    try:
+        return parse_waiting(text)
+    except ValueError as error:
+        raise UsageError(f"--wait {text}: {error}") from error
+
+
+wait_option = click.option(
+    "--wait",
+    "wait_s",
+    default="0",
+    metavar="TIME",
+    callback=_waiting_s,
+    help="How long to queue for a busy device, such as 30s, 10m or 2h. [default: do not wait]",
+)
 results_option = click.option(
     "--results",
     type=click.Path(path_type=Path, file_okay=False),
@@ -80,6 +102,41 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1, allow_nan=False))
 
 
+def print_list(
+    noun: str, columns: Sequence[str], rows: list[list[str]], documents: Sequence[Any], as_json: bool
+) -> None:
+    """Print a table of records, or one JSON document that holds them under `noun`."""
+    if as_json:
+        items = [to_builtins(one) if isinstance(one, Record) else one for one in documents]
+        print_json({"format": f"edgedeploy.{noun}/1", noun: items})
+        return
+    print_table(noun.capitalize(), columns, rows)
+
+
+def print_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+    """Print a table, as wide as the terminal is."""
+    from edgedeploy.render.text import table
+
+    click.echo(table(title, columns, rows, color=uses_color(), width=terminal_width()))
+
+
+def print_record(record: Record, as_json: bool) -> None:
+    """Print one record, as a table of its keys or as a JSON document."""
+    if as_json:
+        print_json(as_document(record))
+        return
+    rows = [[key, _flat(value)] for key, value in to_builtins(record).items() if value not in ("", [], {}, None)]
+    print_table("", ("key", "value"), rows)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_flat(inner)}" for key, inner in value.items() if inner not in ("", [], {}, None))
+    if isinstance(value, list):
+        return ", ".join(_flat(inner) for inner in value)
+    return str(value)
+
+
 def progress(quiet: bool) -> Callable[[str], None]:
     """Return the callback that library functions tell their progress: a line each, on stderr."""
     configure_logging()
@@ -98,6 +155,86 @@ def progress(quiet: bool) -> Callable[[str], None]:
         click.echo(click.style("· ", fg="cyan") + text if color else f"· {text}", err=True, color=color)
 
     return tell
+
+
+class Board:
+    """Progress of work on many devices, told from many threads: a call is a line, `device` gives a line of its own.
+
+    On a terminal each device keeps one line that changes, below what scrolls by; elsewhere every line names its device.
+    """
+
+    def __init__(self, tell: Callable[[str], None], *, is_live: bool) -> None:
+        self._tell, self._is_live = tell, is_live
+        self._lock = threading.RLock()
+        self._lines: dict[str, str] = {}
+        self._live: Any = None
+
+    def __call__(self, text: str) -> None:
+        """Tell something about no device in particular."""
+        with self._lock:
+            if self._live is None:
+                self._tell(text)
+            else:
+                self._live.console.print(f"· {_printable(text)}", markup=False, highlight=False)
+
+    def device(self, name: str) -> Callable[[str], None]:
+        """Return what tells about one device."""
+
+        def tell(text: str) -> None:
+            said = text.removeprefix(f"{name}: ")
+            with self._lock:
+                if not self._is_live:
+                    self._tell(f"{name}: {said}")
+                    return
+                self._lines[name] = said.split("\n")[0]
+                self._show()
+
+        return tell
+
+    def _show(self) -> None:
+        """Draw the devices' lines anew, ten times a second at most."""
+        from rich.console import Console
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(console=Console(stderr=True), auto_refresh=True, refresh_per_second=10)
+            self._live.start()
+        self._live.update(self._table())
+
+    def _table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        for name, text in self._lines.items():
+            table.add_row(Text(name, style="cyan"), Text(_printable(text)))
+        return table
+
+    def close(self) -> None:
+        """Leave the lines as they are and draw no more."""
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+            self._is_live = False
+
+
+def _printable(text: str) -> str:
+    from edgedeploy.render.figures import printable
+
+    return printable(text)
+
+
+@contextlib.contextmanager
+def board(quiet: bool) -> Iterator[Board]:
+    """Give what the progress of work on many devices is told to, while the block lasts."""
+    shown = Board(progress(quiet), is_live=not quiet and sys.stderr.isatty())
+    try:
+        yield shown
+    finally:
+        shown.close()
 
 
 def configure_logging() -> None:

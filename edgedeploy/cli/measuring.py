@@ -20,6 +20,7 @@ def _measuring_options(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option("--device", default="local", show_default=True, help="See: edgedeploy devices list."),
             console.lab_option,
+            console.wait_option,
             click.option("--evaluation", type=click.Path(path_type=Path), help="A labelled set: folder or .npz."),
             click.option("--metric", default="top1", show_default=True, help="top1, top5 or mae."),
             click.option("--output-name", default="", help="The judged output of a model with several."),

@@ -24,22 +24,28 @@ class Options:
 
     Attributes:
         duration_us: time of one inference.
+        is_idle: it waits for that time asleep, so that many devices of one machine are not in each other's way.
         wobble: spread of that time from one inference to the next, as a fraction (half-normal, seeded).
         wrong_every: every n-th kind of sample is answered wrongly; 0: none.
-        crash_after: inferences until the process dies of SIGSEGV; 0: never.
+        crash_after: inferences until the process dies; 0: never.
+        crash_signal: what it dies of.
         hang_after: inferences until it stops answering; 0: never.
         leak_bytes: memory that every inference takes and keeps.
         print_noise: whether every inference prints to descriptor 1, as C++ runtimes do.
+        flood_bytes: what every inference prints there in one line, which has no end.
         threads: reported in the boundary, otherwise without effect.
     """
 
     duration_us: float = 200.0
+    is_idle: bool = False
     wobble: float = 0.0
     wrong_every: int = 0
     crash_after: int = 0
+    crash_signal: str = "SIGSEGV"
     hang_after: int = 0
     leak_bytes: int = 0
     print_noise: bool = False
+    flood_bytes: int = 0
     threads: int = 1
 
 

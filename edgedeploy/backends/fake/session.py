@@ -58,7 +58,7 @@ class Session:
             "includes_input_copy": False,
             "includes_output_copy": True,
             "threads": int(self.options["threads"]),
-            "detail": "busy-waits for duration_us",
+            "detail": "sleeps for duration_us" if self.options["is_idle"] else "busy-waits for duration_us",
         }
 
     def bind(self, inputs):
@@ -82,12 +82,16 @@ class Session:
         end_ns = start_ns + self.options["duration_us"] * 1e3 * wobble
         if self.options["print_noise"]:
             os.write(1, b"[fake] printed from C, not a protocol line\n")
+        for _ in range(self.options["flood_bytes"] >> 16):
+            os.write(1, b"~" * (1 << 16))
         if self.inferences == self.options["crash_after"]:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            os.kill(os.getpid(), signal.Signals[self.options["crash_signal"]])
         if self.inferences == self.options["hang_after"]:
             time.sleep(1e6)
         if self.options["leak_bytes"]:
             self.leaked.append(b"\x01" * self.options["leak_bytes"])
+        if self.options["is_idle"]:
+            time.sleep(max(0.0, (end_ns - time.perf_counter_ns()) / 1e9))
         while time.perf_counter_ns() < end_ns:
             pass
 

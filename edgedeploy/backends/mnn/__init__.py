@@ -14,6 +14,7 @@ from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import CompileError
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.model import Model
+from edgedeploy.records.runtime import DeviceRuntime
 from edgedeploy.records.target import Precision, Target
 from edgedeploy.storage import write_atomic
 
@@ -61,6 +62,8 @@ class MnnBackend:
     computes_in_half = False
     # Its kernels add up products of bytes in 32 bits on every processor; on x86 without VNNI the answers are exact.
     int8_is_portable = True
+    # The converter, which no device half imports, is more than half of the wheel.
+    device_runtimes = (DeviceRuntime(distribution="MNN", module="MNN", unneeded=("MNN/tools/*", "_tools.*")),)
 
     def missing(self) -> str | None:
         """Say what to install."""

@@ -14,6 +14,7 @@ from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import BackendMissing, CompileError
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.model import Model
+from edgedeploy.records.runtime import DeviceRuntime
 from edgedeploy.records.target import Precision, Target
 from edgedeploy.storage import write_atomic
 
@@ -96,6 +97,13 @@ class OnnxRuntimeBackend:
     computes_in_half = False
     # x86 without VNNI saturates where other processors are exact.
     int8_is_portable = False
+    device_runtimes = (
+        DeviceRuntime(
+            distribution="onnxruntime",
+            module="onnxruntime",
+            unneeded=tuple(f"onnxruntime/{part}/*" for part in ("datasets", "quantization", "tools", "transformers")),
+        ),
+    )
 
     def missing(self) -> str | None:
         """Say what to install."""

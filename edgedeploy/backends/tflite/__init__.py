@@ -14,6 +14,7 @@ from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import CompileError
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.model import Model
+from edgedeploy.records.runtime import DeviceRuntime
 from edgedeploy.records.target import Precision, Target
 from edgedeploy.storage import write_atomic
 
@@ -57,6 +58,16 @@ class TFLiteBackend:
     computes_in_half = False
     # Codes are computed with the same fixed-point factors everywhere; kernels differ by a step here and there.
     int8_is_portable = True
+    device_runtimes = (
+        DeviceRuntime(
+            distribution="ai-edge-litert",
+            module="ai_edge_litert.interpreter",
+            # The last is loaded for a GPU alone.
+            unneeded=("ai_edge_litert/aot/*", "ai_edge_litert/tools/*", "ai_edge_litert/libLiteRtWebGpuAccelerator.so"),
+        ),
+        # For Pythons and C libraries that the former has no wheel for; with numpy 2 it imports, and fails at once.
+        DeviceRuntime(distribution="tflite-runtime", module="tflite_runtime.interpreter", needs=("numpy<2",)),
+    )
 
     def missing(self) -> str | None:
         """Say what to install; what the converter needs is installed by itself, in an environment of its own."""
