@@ -49,7 +49,7 @@ def read_toml(path: Path, record: type[RecordType], kind: str, upgrades: Upgrade
     text = _read_text(path)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DocumentError(f"{path} is not valid TOML: {error}") from error
     return _convert(path, text, data, record, kind, upgrades or {})
 

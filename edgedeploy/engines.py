@@ -96,7 +96,15 @@ def is_tied_to_device(backend_name: str) -> bool:
     return backend(backend_name).builds_on == "device"
 
 
-def engine(kit: Built, device_name: str, device: Device, progress: Progress, *, rebuild: bool = False) -> Built:
+def engine(
+    kit: Built,
+    device_name: str,
+    device: Device,
+    progress: Progress,
+    *,
+    rebuild: bool = False,
+    wait_s: float = 0.0,
+) -> Built:
     """Return what a kit becomes on a device: built there, or taken from the cache where one of its kind has built it.
 
     Args:
@@ -105,6 +113,7 @@ def engine(kit: Built, device_name: str, device: Device, progress: Progress, *, 
         device: how to reach it.
         progress: told what happens; a build takes minutes.
         rebuild: build even if the cache has it.
+        wait_s: how long to queue for the device when somebody else holds it.
 
     Raises:
         CompileError: the builder refused, crashed or did not end, or what it built answers otherwise than the model.
@@ -113,9 +122,9 @@ def engine(kit: Built, device_name: str, device: Device, progress: Progress, *, 
     recipe = kit.artifact.recipe
     if not is_tied_to_device(recipe.backend) or kit.artifact.engine is not None:
         return kit
-    with open_transport(device_name, device) as transport:
+    with open_transport(device_name, device, wait_s=wait_s, progress=progress) as transport:
         progress(f"{device_name}: connecting")
-        with bundle.connect(transport, device, device_name=device_name) as agent:
+        with bundle.connect(transport, device, device_name=device_name, wait_s=wait_s, progress=progress) as agent:
             return _Site(kit, device_name, agent, transport, progress).engine(rebuild=rebuild)
 
 

@@ -14,8 +14,11 @@ Whose fault an error is decides its class, so that a script can decide from the 
     │   └── CompileError        3
     ├── DeviceError             3   the device or the way to it
     │   ├── DeviceUnreachable   3   could not be reached, or refused us
+    │   │   ├── LoginRefused    3   is not who it should be, or does not let us in: trying again is of no use
+    │   │   └── DeviceLost      3   lost in the middle, and it did not come back or was lost again
     │   ├── TransferError       3   a file did not arrive
     │   ├── DeviceBusy          3   another lease holds it
+    │   ├── LeaseLost           3   we held it, and lost it
     │   └── VisitFailed         3   the runner or its child died, hung or refused
     └── InternalError          70   us
 
@@ -24,11 +27,27 @@ Exit code 1 (the gate says no) and 4 (inconclusive) are verdicts, not errors.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EdgedeployError(Exception):
     """An error whose text is a sentence for the person at the terminal."""
 
     exit_code = 3
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error of any class be pickled as it stands: its text is made. Causes that are not ours stay behind."""
+        cause = self.__cause__ if isinstance(self.__cause__, EdgedeployError) else None
+        return _restored, (type(self), self.args, dict(self.__dict__), cause)
+
+
+def _restored(
+    kind: type[EdgedeployError], args: tuple[Any, ...], attributes: dict[str, Any], cause: EdgedeployError | None
+) -> EdgedeployError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    error.__cause__ = cause
+    return error
 
 
 class UsageError(EdgedeployError):
@@ -98,12 +117,24 @@ class DeviceUnreachable(DeviceError):
     """The device could not be reached, or would not let us in."""
 
 
+class LoginRefused(DeviceUnreachable):
+    """What answered is not who it should be, or does not let us in: trying again is of no use."""
+
+
+class DeviceLost(DeviceUnreachable):
+    """The device was lost in the middle of a session, and did not come back or was lost again."""
+
+
 class TransferError(DeviceError):
     """A file did not arrive whole on the device, or back."""
 
 
 class DeviceBusy(DeviceError):
     """Somebody else holds the device."""
+
+
+class LeaseLost(DeviceError):
+    """The device was ours and is no more: we were silent for too long, or somebody released it by force."""
 
 
 class VisitFailed(DeviceError):

@@ -166,7 +166,8 @@ def answers_here(artifact: Artifact, file: Path, inputs: Path, *, batch: int) ->
     with (
         tempfile.TemporaryDirectory(prefix="edgedeploy-") as root,
         LocalTransport("local") as transport,
-        bundle.connect(transport, Device(transport="local", root=root), device_name="local") as agent,
+        # A lease of its own: nothing is timed here, so that whoever measures on this machine need not be asked.
+        bundle.connect(transport, Device(transport="local", root=root, lease_dir=root), device_name="local") as agent,
     ):
         bundle.ship(agent, transport, files)
         return answers_there(agent, transport, side)
@@ -219,5 +220,6 @@ def read_tensors(path: Path, what: str, *, then: str = "") -> dict[str, Any]:
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    # numpy has no bfloat16 and no eight-bit floats, and says so in two ways.
+    except (SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"{what} cannot be read: {error}{then}") from error

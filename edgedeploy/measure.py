@@ -1,22 +1,38 @@
-"""Steps 5 to 8 of the spine: artifacts are shipped to one device, visited interleaved, and become runs."""
+"""Steps 5 to 8 of the spine: artifacts are shipped to one device, visited interleaved, and become runs.
+
+A session is a pure fold over its steps (`Session`): each step is told to `keep` as soon as it is done, and a session
+that is given the steps of a dead one goes on where that stopped, on the same device.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import edgedeploy
 from edgedeploy import golden
-from edgedeploy.backends import session_file, session_options
+from edgedeploy.backends import device_runtimes, session_file, session_options
 from edgedeploy.build import Built, Progress
-from edgedeploy.errors import DeviceError, UsageError, VisitFailed
+from edgedeploy.errors import (
+    DeviceBusy,
+    DeviceError,
+    DeviceLost,
+    DeviceUnreachable,
+    LeaseLost,
+    TransferError,
+    UsageError,
+    VisitFailed,
+)
 from edgedeploy.judge.scores import score
-from edgedeploy.lab import bundle, visits
+from edgedeploy.lab import bundle, provision, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import open_transport
 from edgedeploy.lab.transport import Transport
@@ -26,6 +42,19 @@ from edgedeploy.records.artifact import Artifact
 from edgedeploy.records.device import Device
 from edgedeploy.records.model import Fidelity
 from edgedeploy.records.run import ArtifactReference, Boundary, LayerTime, MemoryVisit, Outputs, Run, Visit
+from edgedeploy.records.session import (
+    Begun,
+    BlockEnded,
+    Continued,
+    GoldenAnswered,
+    MemoryMeasured,
+    OperatorsTimed,
+    OutputsComputed,
+    Shipped,
+    SideBegun,
+    Step,
+    Taken,
+)
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.results import utc_now
 from edgedeploy.storage import cache_dir, sha256_file, write_atomic
@@ -36,6 +65,11 @@ MEMORY_VISITS = 3
 _FAILED_BLOCKS_ALLOWED = 2
 # What may be a single accident; anything else (a missing runtime, a broken artifact) would fail again.
 _PASSING_FAILURES = ("died", "timeout")
+# A link may be lost once in a session; the second time the device is given up.
+_LOSSES_ALLOWED = 1
+# A board boots in a minute, and a lease that its dead holder does not renew expires in one.
+RECONNECT_S = 180.0
+_BETWEEN_ATTEMPTS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +90,8 @@ class MeasureRequest:
         blocks: the most A/B blocks (or visits of a single artifact).
         schedule: None: the usual one, a plain loop for one artifact and a duet for two.
         is_profiled: time single operators too, in a pass of their own.
+        wait_s: how long to queue for a device that somebody else holds.
+        reconnect_s: how long a device that was lost in the middle is waited for.
     """
 
     sides: tuple[tuple[str, Built], ...]
@@ -67,6 +103,8 @@ class MeasureRequest:
     schedule: Schedule | None = None
     is_profiled: bool = False
     seed: int = 0
+    wait_s: float = 0.0
+    reconnect_s: float = RECONNECT_S
 
 
 class MeasurementInterrupted(DeviceError):
@@ -77,159 +115,567 @@ class MeasurementInterrupted(DeviceError):
         self.runs = runs
 
 
+class Stopped(Exception):
+    """The session was told to end, and has."""
+
+
+class Stop:
+    """Ends the sessions of this process from another thread, such as the one that Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self._event, self._lock = threading.Event(), threading.Lock()
+        self._agents: list[Agent] = []
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether sessions should end."""
+        return self._event.is_set()
+
+    def request(self) -> None:
+        """Ask every session to end now; their devices are given back."""
+        self._event.set()
+        with self._lock:
+            agents = list(self._agents)
+        # All at once: each may take seconds to say farewell to a device that is gone.
+        for agent in agents:
+            threading.Thread(target=agent.close, daemon=True).start()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, but not after `request`."""
+        self._event.wait(seconds)
+
+    @contextmanager
+    def over(self, agent: Agent) -> Iterator[None]:
+        """Have `request` close an agent while the block lasts."""
+        with self._lock:
+            self._agents.append(agent)
+        try:
+            if self.is_requested:
+                raise Stopped
+            yield
+        finally:
+            with self._lock:
+                self._agents.remove(agent)
+
+
+Keep = Callable[[Step], None]
+
+
+def _forget(step: Step) -> None:
+    """Keep no record."""
+
+
+def measure(
+    request: MeasureRequest,
+    is_decided: Callable[[tuple[Run, ...]], bool],
+    progress: Progress,
+    *,
+    keep: Keep = _forget,
+    done: Sequence[Step] = (),
+    session: str = "",
+    stop: Stop | None = None,
+) -> tuple[Run, ...]:
+    """Measure one artifact, or two interleaved, and return a run for each.
+
+    A link that is lost in the middle is taken up again, once, and measuring goes on at the next block.
+
+    Args:
+        request: what to measure, and where.
+        is_decided: asked after the outputs and after every block; True ends the session.
+        progress: told what happens.
+        keep: told each step before the next one begins.
+        done: the steps of this session that another process has done.
+        session: its name; empty: a new one.
+        stop: ends it from another thread.
+
+    Raises:
+        MeasurementInterrupted: the device failed after something had been measured.
+        DeviceError: it failed before that.
+        UsageError: what is on this machine is not what `done` was measured with.
+        Stopped: `stop` was requested.
+    """
+    stop = stop or Stop()
+    known = Session(request, session or secrets.token_hex(8))
+    for step in done:
+        known.apply(step)
+    worker = _Worker(known, is_decided, progress, keep, stop)
+    try:
+        worker.measure()
+    except DeviceError as error:
+        if stop.is_requested:
+            raise Stopped from error
+        runs = known.runs() if known.begun is not None else ()
+        if any(run.visits or run.outputs for run in runs):
+            raise MeasurementInterrupted(str(error), runs) from error
+        raise
+    return known.runs()
+
+
+# ---------------------------------------------------------------- the session as a fold over its steps
+
+
 @dataclass(slots=True)
 class _SideState:
     """What one side has said so far."""
 
     role: Literal["single", "baseline", "candidate"]
+    cell: str
     built: Built
-    side: Side
-    samples: Samples
     runtime: str = ""
     boundary: Boundary | None = None
     golden: Fidelity | None = None
     layer_times: tuple[LayerTime, ...] = ()
+    is_profiled: bool = False
     visits: list[Visit] = field(default_factory=list)
     memory: list[MemoryVisit] = field(default_factory=list)
     outputs: Outputs | None = None
     events: list[str] = field(default_factory=list)
 
 
-def measure(
-    request: MeasureRequest, is_decided: Callable[[tuple[Run, ...]], bool], progress: Progress
-) -> tuple[Run, ...]:
-    """Measure one artifact, or two interleaved, and return a run for each.
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What comes next in a session.
 
-    Args:
-        request: what to measure, and where.
-        is_decided: asked after the outputs and after every block; True ends the session.
-        progress: told what happens.
-
-    Raises:
-        MeasurementInterrupted: the device failed after something had been measured.
-        DeviceError: it failed before that.
+    Attributes:
+        number: of the side, or of the block.
+        is_look: whether the session may be decided before it.
     """
-    name = request.device_name
-    with open_transport(name, request.device) as transport:
-        progress(f"{name}: connecting")
-        with bundle.connect(transport, request.device, device_name=name) as agent:
-            session = _Session(request, agent, transport, progress)
-            try:
-                session.ship()
-                for _ in session.steps():
-                    if is_decided(session.runs()):
-                        break
-            except DeviceError as error:
-                if any(run.visits or run.outputs for run in session.runs()):
-                    raise MeasurementInterrupted(str(error), session.runs()) from error
-                raise
-            return session.runs()
+
+    what: Literal["golden", "outputs", "memory", "operators", "block"]
+    number: int
+    is_look: bool = False
 
 
-class _Session:
-    """Sides measured interleaved on one device, one thing after another."""
+class Session:
+    """What a session knows. Pure: no device, no clock; it is its request and the steps that were applied."""
 
-    def __init__(self, request: MeasureRequest, agent: Agent, transport: Transport, progress: Progress) -> None:
-        self._request, self._agent, self._transport, self._progress = request, agent, transport, progress
-        self._schedule = request.schedule or _usual_schedule([built for _, built in request.sides])
-        self._name, self._started_utc = secrets.token_hex(8), utc_now()
-        self._states: list[_SideState] = []
-
-    def ship(self) -> None:
-        """Push what is missing on the device: device halves, artifacts, and the samples that they are fed."""
-        files: dict[str, Path] = {}
+    def __init__(self, request: MeasureRequest, name: str) -> None:
+        self.request, self.name = request, name
+        self.schedule = request.schedule or _usual_schedule([built for _, built in request.sides])
         roles: tuple[Literal["single", "baseline", "candidate"], ...] = (
-            ("single",) if len(self._request.sides) == 1 else ("baseline", "candidate")
+            ("single",) if len(request.sides) == 1 else ("baseline", "candidate")
         )
-        for role, (cell, built) in zip(roles, self._request.sides, strict=True):
-            artifact = built.artifact
+        self.states = [_SideState(role, cell, built) for role, (cell, built) in zip(roles, request.sides, strict=True)]
+        self.begun: Begun | None = None
+        self.boot_id = ""
+        self.blocks, self.failures = 0, 0
+        self.fatal = ""
+
+    def apply(self, step: Step) -> None:
+        """Take note of a step."""
+        match step:
+            case Begun():
+                self.begun, self.boot_id = step, step.facts.boot_id
+            case Continued():
+                self.boot_id = step.boot_id
+                self._tell(step.event)
+            case GoldenAnswered():
+                self.states[step.side].golden = step.fidelity
+            case OutputsComputed():
+                state = self.states[step.side]
+                state.outputs, state.runtime, state.boundary = step.outputs, step.runtime, step.boundary
+            case MemoryMeasured():
+                self.states[step.side].memory.append(step.visit)
+            case OperatorsTimed():
+                state = self.states[step.side]
+                state.layer_times, state.is_profiled = step.layers, True
+                state.events += [step.event] if step.event else []
+            case BlockEnded():
+                self._end_block(step)
+
+    def _end_block(self, step: BlockEnded) -> None:
+        for taken in step.taken:
+            state = self.states[taken.side]
+            state.visits.append(taken.visit)
+            state.runtime, state.boundary = taken.runtime, taken.boundary
+        self.blocks = step.block + 1
+        if step.failure:
+            self._tell(f"block {step.block} was dropped: {step.failure}")
+            self.failures += not step.is_lost
+        if step.is_fatal:
+            self.fatal = step.failure
+
+    def _tell(self, event: str) -> None:
+        for state in self.states:
+            state.events.append(event)
+
+    def next(self) -> Todo | None:
+        """Return what is to be done next; None when everything is."""
+        request = self.request
+        for number, state in enumerate(self.states):
+            if state.built.artifact.golden is not None and state.golden is None:
+                return Todo("golden", number)
+        if request.evaluation is not None:
+            for number, state in enumerate(self.states):
+                if state.outputs is None:
+                    return Todo("outputs", number)
+        is_first = request.evaluation is not None
+        for number, state in enumerate(self.states):
+            if len(state.memory) < MEMORY_VISITS:
+                return Todo("memory", number, is_look=is_first and number == 0 and not state.memory)
+        if request.is_profiled:
+            for number, state in enumerate(self.states):
+                if not state.is_profiled:
+                    return Todo("operators", number)
+        if self.blocks < request.blocks:
+            return Todo("block", self.blocks, is_look=self.blocks > 0)
+        return None
+
+    def is_over(self, is_decided: Callable[[tuple[Run, ...]], bool]) -> bool:
+        """Say whether nothing is left to be measured."""
+        if self.begun is None:
+            return False
+        todo = self.next()
+        return todo is None or (todo.is_look and is_decided(self.runs()))
+
+    def block_ended(self, taken: Sequence[Taken], error: DeviceError | None) -> BlockEnded:
+        """Return the step that ends the current block."""
+        if error is None:
+            return BlockEnded(block=self.blocks, taken=tuple(taken))
+        is_lost = _is_lost(error)
+        may_pass = isinstance(error, VisitFailed) and error.kind in _PASSING_FAILURES
+        return BlockEnded(
+            block=self.blocks,
+            taken=tuple(taken),
+            failure=str(error),
+            is_lost=is_lost,
+            is_fatal=not is_lost and (not may_pass or self.failures >= _FAILED_BLOCKS_ALLOWED),
+        )
+
+    def runs(self) -> tuple[Run, ...]:
+        """Return a run per side with everything that was measured until now."""
+        begun = self.begun
+        assert begun is not None, "runs are asked for after the device was reached"
+        return tuple(
+            Run(
+                session=begun.session,
+                cell=state.cell,
+                side=state.role,
+                artifact=_reference(state.built.artifact),
+                device=begun.device,
+                facts=begun.facts,
+                runtime=state.runtime,
+                boundary=state.boundary,
+                golden=state.golden,
+                layer_times=state.layer_times,
+                schedule=begun.schedule,
+                started_utc=begun.started_utc,
+                visits=tuple(state.visits),
+                memory=tuple(state.memory),
+                outputs=state.outputs,
+                events=tuple(state.events),
+                settings_applied=begun.settings_applied,
+                settings_refused=begun.settings_refused,
+                edgedeploy=edgedeploy.__version__,
+                runner_sha256=begun.runner_sha256,
+            )
+            for state in self.states
+        )
+
+
+def _is_lost(error: DeviceError) -> bool:
+    """Say whether it is the device or the way to it that is gone, and nothing is wrong with what was measured."""
+    return isinstance(error, DeviceUnreachable | LeaseLost)
+
+
+# ---------------------------------------------------------------- the session on its device
+
+
+class _Worker:
+    """Takes a session through its steps on a device, as often as that must be reached for it."""
+
+    def __init__(
+        self,
+        session: Session,
+        is_decided: Callable[[tuple[Run, ...]], bool],
+        progress: Progress,
+        keep: Keep,
+        stop: Stop,
+    ) -> None:
+        self._session, self._is_decided, self._progress = session, is_decided, progress
+        self._keep, self._stop = keep, stop
+        self._request, self._name = session.request, session.request.device_name
+        self._samples: list[Samples] = []
+        self._sides: list[Side] = []
+        self._files: dict[str, Path] = {}
+
+    def measure(self) -> None:
+        """Do everything that is left, over as many connections as it takes."""
+        session = self._session
+        losses, why = 0, "by another process" if session.begun is not None else ""
+        while not session.is_over(self._is_decided):
+            if session.fatal:
+                raise DeviceError(session.fatal)
+            try:
+                with self._reached(is_patient=session.begun is not None) as (agent, transport), self._advising():
+                    self._greet(agent, why)
+                    self._ship(agent, transport)
+                    self._work(agent, transport)
+            except DeviceError as error:
+                # A file that did not arrive may have met a link that broke, which shows when we connect again.
+                may_be_lost = _is_lost(error) or isinstance(error, TransferError)
+                if self._stop.is_requested or session.begun is None or not may_be_lost:
+                    raise
+                losses += 1
+                if isinstance(error, DeviceLost) or (losses > _LOSSES_ALLOWED and isinstance(error, TransferError)):
+                    raise
+                if losses > _LOSSES_ALLOWED:
+                    raise DeviceLost(f"{error}; it was lost for the second time in this session") from error
+                why = "after the device had been lost"
+                is_over = session.is_over(self._is_decided)
+                then = "that was the last block" if is_over else "reaching it again"
+                self._progress(f"{self._name}: lost ({_first_line(error)}); {then}")
+
+    @contextmanager
+    def _reached(self, *, is_patient: bool) -> Iterator[tuple[Agent, Transport]]:
+        """Connect and take the lease; a device that was lost is tried until it is back, or given up."""
+        deadline_s = time.monotonic() + (self._request.reconnect_s if is_patient else 0.0)
+        attempt = 0
+        with contextlib.ExitStack() as open_ways:
+            while True:
+                ways = contextlib.ExitStack()
+                try:
+                    way = open_transport(
+                        self._name, self._request.device, wait_s=self._request.wait_s, progress=self._progress
+                    )
+                    transport = ways.enter_context(way)
+                    self._progress(f"{self._name}: connecting")
+                    agent = ways.enter_context(
+                        bundle.connect(
+                            transport,
+                            self._request.device,
+                            device_name=self._name,
+                            wait_s=self._request.wait_s,
+                            progress=self._progress,
+                        )
+                    )
+                except (DeviceUnreachable, DeviceBusy) as error:
+                    ways.close()
+                    if self._stop.is_requested:
+                        raise Stopped from error
+                    if time.monotonic() >= deadline_s:
+                        if is_patient and not isinstance(error, DeviceBusy):
+                            waited = f"it did not come back within {self._request.reconnect_s:g} s"
+                            raise DeviceLost(f"{error}; {waited}") from error
+                        raise
+                    pause_s = _BETWEEN_ATTEMPTS_S[min(attempt, len(_BETWEEN_ATTEMPTS_S) - 1)]
+                    attempt += 1
+                    self._stop.wait(min(pause_s, max(0.0, deadline_s - time.monotonic())))
+                except BaseException:
+                    ways.close()
+                    raise
+                else:
+                    open_ways.push(ways)
+                    open_ways.enter_context(self._stop.over(agent))
+                    break
+            yield agent, transport
+
+    def _did(self, step: Step) -> None:
+        """Write a step down, then believe it."""
+        self._keep(step)
+        self._session.apply(step)
+
+    def _greet(self, agent: Agent, why: str) -> None:
+        """Begin the session, or take note that it goes on."""
+        session = self._session
+        if not self._sides:
+            self._prepare()
+        self._choose_runtimes(agent)
+        sides = tuple(
+            SideBegun(
+                cell=side.cell,
+                artifact_sha256=side.artifact_sha256,
+                session_sha256=side.session_sha256,
+                inputs_sha256=side.inputs_sha256,
+                runtime=side.runtime,
+            )
+            for side in self._sides
+        )
+        if session.begun is None:
+            self._did(
+                Begun(
+                    session=session.name,
+                    started_utc=utc_now(),
+                    device=self._name,
+                    facts=agent.facts,
+                    runner_sha256=agent.runner_sha256,
+                    schedule=visits.schedule_text(session.schedule, len(sides)),
+                    seed=self._request.seed,
+                    sides=sides,
+                    settings_applied=agent.settings_applied,
+                    settings_refused=agent.settings_refused,
+                )
+            )
+            return
+        if (session.begun.sides, session.begun.runner_sha256) != (sides, agent.runner_sha256):
+            raise UsageError(
+                f"the session {session.name} was begun with other files (artifacts, inputs, device halves, runtimes or "
+                "runner); "
+                f"numbers of the two must not be mixed: start the run afresh"
+            )
+        boot = "on the same boot"
+        if agent.facts.boot_id != session.boot_id:
+            boot = f"after a reboot (boot {session.boot_id or 'unknown'}, now {agent.facts.boot_id or 'unknown'})"
+        utc = utc_now()
+        event = f"measuring went on at {utc} with block {session.blocks}, {why}, {boot}"
+        self._did(Continued(utc=utc, boot_id=agent.facts.boot_id, event=event))
+
+    def _prepare(self) -> None:
+        """Load the samples, and name everything that must be on the device."""
+        for state in self._session.states:
+            artifact = state.built.artifact
             session = session_file(artifact.recipe.backend)
-            samples = self._samples(artifact)
+            samples = self._samples_of(artifact)
             inputs = _inputs_file(samples)
             side = Side(
-                cell=cell,
+                cell=state.cell,
                 artifact_sha256=artifact.sha256,
                 session_sha256=sha256_file(session),
                 options=session_options(artifact),
                 inputs_sha256=sha256_file(inputs),
                 batch=inference_batch(artifact.inputs),
             )
-            self._states.append(_SideState(role, built, side, samples))
-            files |= {side.session_sha256: session, side.artifact_sha256: built.file, side.inputs_sha256: inputs}
+            self._samples.append(samples)
+            self._sides.append(side)
+            self._files |= {
+                side.session_sha256: session,
+                side.artifact_sha256: state.built.file,
+                side.inputs_sha256: inputs,
+            }
             if artifact.golden is not None:
-                files[artifact.golden.inputs_sha256] = built.folder / golden.INPUTS
-        self._progress(f"{self._request.device_name}: sending what is missing there")
-        bundle.ship(self._agent, self._transport, files)
+                self._files[artifact.golden.inputs_sha256] = state.built.folder / golden.INPUTS
 
-    def steps(self) -> Iterator[None]:
-        """Do one thing after another; each yield is a moment at which the session may be decided.
+    def _choose_runtimes(self, agent: Agent) -> None:
+        """Open each side with the runtime that was provisioned for it, where one is installed.
+
+        Raises:
+            VisitFailed: the device's entry names a version that is not installed there.
+        """
+        choices = [device_runtimes(built.artifact.recipe.backend) for _, built in self._request.sides]
+        if not any(choices):
+            return
+        found = provision.installed(agent)
+        for number, (_, built) in enumerate(self._request.sides):
+            runtime = built.artifact.recipe.backend
+            pinned = self._request.device.runtimes.get(runtime, "")
+            chosen = provision.choose(found, choices[number], agent.facts, version=pinned)
+            if pinned and chosen is None:
+                raise VisitFailed(
+                    f"{agent.label}: its entry in lab.toml names {runtime} {pinned}, which is not installed there",
+                    kind="missing-runtime",
+                )
+            name = chosen.name if chosen else ""
+            self._sides[number] = replace(self._sides[number], runtime=name)
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Name the command that installs a runtime, where one is missing on a device that can be provisioned."""
+        try:
+            yield
+        except VisitFailed as error:
+            device = self._request.device
+            wanted = dict.fromkeys(built.artifact.recipe.backend for _, built in self._request.sides)
+            runtimes = [
+                f"{name}=={device.runtimes[name]}" if name in device.runtimes else name
+                for name in wanted
+                if device_runtimes(name)
+            ]
+            if error.kind != "missing-runtime" or device.transport == "local" or not runtimes:
+                raise
+            command = f"edgedeploy devices provision {self._name} --runtime {' --runtime '.join(runtimes)}"
+            advised = VisitFailed(f"{error}\nTo install it there, also without internet: {command}", kind=error.kind)
+            advised.measured = error.measured
+            raise advised from error
+
+    def _ship(self, agent: Agent, transport: Transport) -> None:
+        """Push what is missing on the device: device halves, artifacts, and the samples that they are fed."""
+        self._progress(f"{self._name}: sending what is missing there")
+        self._did(Shipped(sent=tuple(bundle.ship(agent, transport, self._files))))
+
+    def _work(self, agent: Agent, transport: Transport) -> None:
+        """Do one step after another.
 
         Raises:
             FidelityError: an artifact does not answer here what its model answers; nothing of it is worth measuring.
         """
-        for state in self._states:
-            if (promised := state.built.artifact.golden) is not None:
-                self._progress(f"{state.side.cell}: comparing its answers with the model's")
-                where = f"{state.built.artifact.name} on {self._request.device_name}"
-                state.golden = golden.replay(
-                    self._agent, self._transport, state.side, promised, state.built.folder, where=where
-                )
-        if self._request.evaluation is not None:
-            for state in self._states:
-                self._progress(f"{state.side.cell}: computing the evaluation set's outputs")
-                state.outputs = self._outputs(self._request.evaluation, state)
-            yield
-        for state in self._states:
-            self._progress(f"{state.side.cell}: measuring peak memory")
-            for _ in range(MEMORY_VISITS):
-                state.memory.append(visits.measure_memory(self._agent, state.side, self._schedule))
-        if self._request.is_profiled:
-            for state in self._states:
-                self._progress(f"{state.side.cell}: timing its operators one by one")
-                try:
-                    state.layer_times = visits.profile(self._agent, state.side, self._schedule)
-                except VisitFailed as error:
-                    if error.kind != "not-available":
-                        raise
-                    state.events.append(str(error))
-        failures = 0
-        for block in range(self._request.blocks):
-            self._progress(f"{self._request.device_name}: block {block + 1} of at most {self._request.blocks}")
-            try:
-                self._keep(self._measured_block(block))
-            except DeviceError as error:
-                self._keep([one for one in error.measured if isinstance(one, Measured)])
-                for state in self._states:
-                    state.events.append(f"block {block} was dropped: {error}")
-                failures += 1
-                may_pass = isinstance(error, VisitFailed) and error.kind in _PASSING_FAILURES
-                if not may_pass or failures > _FAILED_BLOCKS_ALLOWED:
-                    raise
-            yield
+        session = self._session
+        while (todo := session.next()) is not None:
+            if self._stop.is_requested:
+                raise Stopped
+            if todo.is_look and self._is_decided(session.runs()):
+                return
+            if todo.what == "block":
+                self._block(agent, todo.number)
+            else:
+                self._did(self._about_side(todo, agent, transport))
 
-    def _measured_block(self, block: int) -> list[Measured]:
-        request, sides = self._request, [state.side for state in self._states]
-        return visits.measure_block(self._agent, sides, self._schedule, block=block, seed=request.seed)
+    def _about_side(self, todo: Todo, agent: Agent, transport: Transport) -> Step:
+        """Do what concerns one side alone."""
+        number, session = todo.number, self._session
+        state, side = session.states[number], self._sides[number]
+        if todo.what == "golden":
+            promised = state.built.artifact.golden
+            assert promised is not None, "only what has golden answers is to be compared with them"
+            self._progress(f"{side.cell}: comparing its answers with the model's")
+            where = f"{state.built.artifact.name} on {self._name}"
+            found = golden.replay(agent, transport, side, promised, state.built.folder, where=where)
+            return GoldenAnswered(side=number, fidelity=found)
+        if todo.what == "outputs":
+            self._progress(f"{side.cell}: computing the evaluation set's outputs")
+            return self._outputs(number, agent, transport)
+        if todo.what == "memory":
+            if not state.memory:
+                self._progress(f"{side.cell}: measuring peak memory")
+            return MemoryMeasured(side=number, visit=visits.measure_memory(agent, side, session.schedule))
+        self._progress(f"{side.cell}: timing its operators one by one")
+        try:
+            return OperatorsTimed(side=number, layers=visits.profile(agent, side, session.schedule))
+        except VisitFailed as error:
+            if error.kind != "not-available":
+                raise
+            return OperatorsTimed(side=number, layers=(), event=str(error))
 
-    def _keep(self, taken: list[Measured]) -> None:
-        for one in taken:
-            state = next(state for state in self._states if state.side is one.side)
-            visit = visits.mark(one.visit, self._request.limits)
-            state.visits.append(visit)
-            state.runtime, state.boundary = one.runtime, one.boundary
-        for reason in sorted({visit.dropped for state in self._states for visit in state.visits[-1:] if visit.dropped}):
-            self._progress(f"{self._request.device_name}: this block does not count: {reason}")
+    def _block(self, agent: Agent, number: int) -> None:
+        """Measure one block; what it had measured when it failed is kept, marked as dropped."""
+        request, session = self._request, self._session
+        self._progress(f"{self._name}: block {number + 1} of at most {request.blocks}")
+        try:
+            measured = visits.measure_block(agent, self._sides, session.schedule, block=number, seed=request.seed)
+        except DeviceError as error:
+            if self._stop.is_requested:
+                raise
+            kept = [one for one in error.measured if isinstance(one, Measured)]
+            step = session.block_ended(self._taken(kept), error)
+            self._did(step)
+            if step.is_lost or step.is_fatal:
+                raise
+        else:
+            self._did(session.block_ended(self._taken(measured), None))
+        for reason in sorted({visit.dropped for state in session.states for visit in state.visits[-1:]} - {""}):
+            self._progress(f"{self._name}: this block does not count: {reason}")
 
-    def _outputs(self, evaluation: Evaluation, state: _SideState) -> Outputs:
-        artifact, samples = state.built.artifact, state.samples
+    def _taken(self, measured: Sequence[Measured]) -> list[Taken]:
+        return [
+            Taken(
+                side=next(number for number, side in enumerate(self._sides) if side is one.side),
+                visit=visits.mark(one.visit, self._request.limits),
+                runtime=one.runtime,
+                boundary=one.boundary,
+            )
+            for one in measured
+        ]
+
+    def _outputs(self, number: int, agent: Agent, transport: Transport) -> OutputsComputed:
+        evaluation, samples = self._request.evaluation, self._samples[number]
+        assert evaluation is not None, "outputs are computed of an evaluation set"
+        artifact, session = self._session.states[number].built.artifact, self._session
         with _outputs_folder() as folder:
             fetched = folder / "outputs.safetensors"
-            answer = visits.compute_outputs(self._agent, self._transport, state.side, fetched, self._schedule)
+            answer = visits.compute_outputs(agent, transport, self._sides[number], fetched, session.schedule)
             chosen = _chosen_output(evaluation, artifact, golden.read_tensors(fetched, golden.FETCHED))
             fetched.replace(folder.parent / f"{answer.sha256}.safetensors")
-        state.runtime, state.boundary = answer.runtime, answer.boundary
         scores = None if samples.labels is None else score(evaluation.metric, chosen, samples.labels)
-        return Outputs(
+        outputs = Outputs(
             dataset=samples.name,
             dataset_sha256=samples.sha256,
             samples=samples.count,
@@ -239,38 +685,16 @@ class _Session:
             value=sum(scores) / len(scores) if scores else None,
             is_repeatable=answer.is_repeatable,
         )
+        return OutputsComputed(side=number, outputs=outputs, runtime=answer.runtime, boundary=answer.boundary)
 
-    def _samples(self, artifact: Artifact) -> Samples:
+    def _samples_of(self, artifact: Artifact) -> Samples:
         if self._request.evaluation is not None:
             return load_samples(self._request.evaluation.path, artifact.inputs)
         return random_samples(artifact.inputs, inference_batch(artifact.inputs), self._request.seed)
 
-    def runs(self) -> tuple[Run, ...]:
-        """Return a run per side with everything that was measured until now."""
-        agent = self._agent
-        return tuple(
-            Run(
-                session=self._name,
-                cell=state.side.cell,
-                side=state.role,
-                artifact=_reference(state.built.artifact),
-                device=self._request.device_name,
-                facts=agent.facts,
-                runtime=state.runtime,
-                boundary=state.boundary,
-                golden=state.golden,
-                layer_times=state.layer_times,
-                schedule=visits.schedule_text(self._schedule, len(self._states)),
-                started_utc=self._started_utc,
-                visits=tuple(state.visits),
-                memory=tuple(state.memory),
-                outputs=state.outputs,
-                events=tuple(state.events),
-                edgedeploy=edgedeploy.__version__,
-                runner_sha256=agent.runner_sha256,
-            )
-            for state in self._states
-        )
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 def _usual_schedule(sides: Sequence[Built]) -> Schedule:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+import edgedeploy
 from edgedeploy.arguments import (
     ALL,
     DEFAULT_MARGINS,
@@ -40,34 +42,41 @@ from edgedeploy.build import (
     load_artifact,
     this_target,
 )
+from edgedeploy.dispatch import Dispatched, Ended, Occupied, Terms, Work, dispatch
 from edgedeploy.documents import closest, write_json
 from edgedeploy.engines import engine, is_tied_to_device
 from edgedeploy.errors import (
     BackendMissing,
     DeviceError,
     EdgedeployError,
+    InternalError,
     ModelError,
     ToolchainError,
     UsageError,
-    VisitFailed,
 )
+from edgedeploy.journal import Finished, History, Journal, Planned, PlannedCell, Resumed, history, unfinished
+from edgedeploy.journal import named as named_journal
+from edgedeploy.journal import start as start_journal
+from edgedeploy.lab.inventory import LOCAL, lab_path, load_lab
 from edgedeploy.lab.inventory import device as device_of
-from edgedeploy.lab.inventory import lab_path, load_lab
 from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
 from edgedeploy.records.artifact import Artifact, OptionValue
 from edgedeploy.records.comparison import Comparison
+from edgedeploy.records.device import Device, Lab
 from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
 from edgedeploy.records.sensitivity import Sensitivity
 from edgedeploy.records.target import ConditionLimits, Precision, Target
-from edgedeploy.records.verdict import CellVerdict, Contender, Policy, Verdict
+from edgedeploy.records.verdict import CellVerdict, Contender, LedgerEntry, Policy, Verdict
 from edgedeploy.results import Results, load_run, utc_now
-from edgedeploy.storage import cache_dir, write_atomic
+from edgedeploy.storage import cache_dir, sha256_file, write_atomic
 
 # What a verb takes for a file or a folder; a relative one starts at the working directory.
 AnyPath = str | Path
+# device = "any": whichever of the lab is of the cell's target. --resume: the newest run that stopped in the middle.
+ANY, NEWEST = "any", "newest"
 
 
 def _silent(text: str) -> None:
@@ -99,6 +108,8 @@ class Outcome:
         problems: the cells that could not be built or measured; the verdict has them as INCONCLUSIVE.
         files: label → where something was written.
         other_runtimes: back ends of the candidates' targets that no cell was made for.
+        journal: name of the run, to go on with it; results: where its runs are.
+        occupied: when which device was at work.
     """
 
     verdict: Verdict
@@ -107,6 +118,9 @@ class Outcome:
     problems: tuple[CellVerdict, ...] = ()
     files: dict[str, Path] = field(default_factory=dict)
     other_runtimes: tuple[str, ...] = ()
+    journal: str = ""
+    results: Path | None = None
+    occupied: tuple[Occupied, ...] = ()
 
 
 # ---------------------------------------------------------------- the whole spine
@@ -118,17 +132,22 @@ def run(
     cells: Sequence[str] = (),
     targets: Sequence[str] = (),
     backends: Sequence[str] = (),
+    device: str = "",
     rebuild: bool = False,
     trust_pickle: bool = False,
     seed: int = 0,
+    wait_s: float = 0.0,
     lab: AnyPath | None = None,
     results: AnyPath = Path("bench_results"),
+    resume: str = "",
+    executor: Executor | None = None,
+    builders: int = 1,
     progress: Progress = _silent,
 ) -> Outcome:
-    """Build, measure and judge every candidate cell of a release file.
+    """Build, measure and judge every candidate cell of a release file, each on a free device of its own or its kind.
 
     A cell that cannot be built or measured does not stop the others: it is INCONCLUSIVE, with the reason, and stands in
-    `Outcome.problems`.
+    `Outcome.problems`. What is done is written to a journal, from which `resume` goes on after this process died.
 
     Args:
         release_file, lab, results: as text or Path.
@@ -136,59 +155,237 @@ def run(
         targets: only the cells of these targets; "all": every one, on every runtime that is installed for it.
         backends: each candidate on these runtimes too, or on "all"; what is not installed stands in
             `Verdict.contenders` with what installs it.
+        device: measure every cell on this one, instead of its own; "any": on any of its target.
+        wait_s: how long to queue for a device that somebody else holds, when there is no other of its kind.
+        resume: the name of a run that stopped in the middle, or "newest" of this file; everything else that decides
+            what is done is as it was then.
+        executor: where builds and sessions run; None: in this process.
+        builders: builds at a time on an executor.
 
     Raises:
-        UsageError: the release file, a name or a file in it is wrong.
+        UsageError: the release file, a name or a file in it is wrong, or a run cannot go on because something changed.
         EdgedeployError: the only cell could not be built or measured; what was measured is stored and named.
     """
     release_file = Path(release_file)
+    known: History | None = None
+    if resume:
+        journal, known = _run_to_resume(release_file, resume)
+        asked = known.planned
+        release_file, lab, results = Path(asked.release), asked.lab, asked.results
+        cells, targets, backends, device = asked.names, asked.targets, asked.backends, asked.device
+        rebuild, trust_pickle, seed = asked.rebuild, asked.trust_pickle, asked.seed
+    if executor is not None:  # its workers may stand in other folders
+        release_file, results = release_file.absolute(), Path(results).absolute()
     release, policy = read_release(release_file)
-    inventory = load_lab(lab_path(_path(lab)))
+    lab_file = lab_path(_path(lab))
+    inventory = load_lab(lab_file)
     chosen = _chosen_cells(release_file, release, cells, targets, backends)
     for one in chosen.absent:
         progress(f"{one.cell}: left out: {one.absent}")
-    built: dict[str, Built] = {}
-    placed: dict[tuple[str, str], Built] = {}
-    pairs: list[Pair] = []
-    absent, problems = list(chosen.absent), list[CellVerdict]()
-    for candidate, baseline in chosen.pairs:
-        try:
-            place = device_of(inventory, candidate.device)
-            sides = []
-            for cell in (baseline, candidate):
-                if cell.name not in built:
-                    request = _request(release_file, release, cell, rebuild, trust_pickle)
-                    built[cell.name] = build(request, progress)
-                # Both are measured on the candidate's device, whatever device a baseline's own cell names.
-                spot = (cell.name, candidate.device)
-                if spot not in placed:
-                    placed[spot] = engine(built[cell.name], candidate.device, place, progress, rebuild=rebuild)
-                sides.append((cell.name, placed[spot]))
-            session = MeasureRequest(
-                sides=tuple(sides),
-                device_name=candidate.device,
-                device=place,
-                limits=_limits(candidate.target),
-                evaluation=_evaluation(release_file, release),
-                blocks=policy.max_blocks,
-                seed=seed,
+    works = [
+        _work(release_file, release, candidate, baseline, inventory, device, rebuild, trust_pickle)
+        for candidate, baseline in chosen.pairs
+    ]
+    if known is None:
+        for earlier in unfinished(release_file)[:1]:
+            progress(f"an earlier run of this file stopped in the middle: edgedeploy run --resume {earlier.name}")
+        journal = start_journal()
+    with journal.owned():
+        if known is not None:
+            progress(f"going on with the run {journal.name}: {_done_so_far(known, len(works))}")
+            journal.append(Resumed(utc=utc_now()))
+        else:
+            journal.append(
+                Planned(
+                    started_utc=utc_now(),
+                    release=str(release_file.absolute()),
+                    release_sha256=sha256_file(release_file),
+                    lab=str(lab_file.absolute()) if lab_file.exists() else "",
+                    results=str(Path(results).absolute()),
+                    cells=tuple(
+                        PlannedCell(candidate=one.name, baseline=base.name, target=one.target, device=one.device)
+                        for one, base in chosen.pairs
+                    ),
+                    names=tuple(cells),
+                    targets=tuple(targets),
+                    backends=tuple(backends),
+                    device=device,
+                    seed=seed,
+                    rebuild=rebuild,
+                    trust_pickle=trust_pickle,
+                    edgedeploy=edgedeploy.__version__,
+                    code=_deciding_code(),
+                )
             )
-            pairs.append(_measured_pair(session, policy, len(chosen.pairs), Results(Path(results)), progress))
-        except (ModelError, ToolchainError, DeviceError) as error:
-            if len(chosen.pairs) == 1:
-                raise
-            progress(f"{candidate.name}: {error}")
-            is_problem = candidate.name not in chosen.notes or not _is_not_installed(error)
-            absent.append(_unmeasured(candidate, baseline, error, "INCONCLUSIVE" if is_problem else None))
-            problems += [_unjudged(candidate, baseline, error)] if is_problem else []
-    artifacts = {name: one.artifact for (name, _), one in placed.items()}
-    outcome = _judged(release.name, pairs, policy, artifacts, _leakage_notes(release_file, release, artifacts))
+        terms = Terms(
+            policy=policy,
+            evaluation=_evaluation(release_file, release),
+            seed=seed,
+            results=Path(results),
+            journal=journal,
+            rebuild=rebuild,
+            wait_s=wait_s,
+        )
+        try:
+            done = dispatch(
+                works, inventory.devices, terms, known=known, executor=executor, builders=builders, progress=progress
+            )
+        except KeyboardInterrupt:
+            progress(f"interrupted; to go on with it: edgedeploy run --resume {journal.name}")
+            raise
+        return _concluded(release_file, release, policy, chosen, done, journal, Path(results), progress)
+
+
+def _run_to_resume(release_file: Path, name: str) -> tuple[Journal, History]:
+    """Return the journal to go on with, and what it says; of a complete run only the verdict is made again.
+
+    Raises:
+        UsageError: there is none, or something changed that its numbers rest on.
+    """
+    if name == NEWEST:
+        candidates = unfinished(release_file)
+        if not candidates:
+            raise UsageError(
+                f"no run of {release_file} stopped in the middle; start one: edgedeploy run {release_file}"
+            )
+        journal = candidates[0]
+    else:
+        journal = named_journal(name)
+    known = history(journal)
+    asked = known.planned
+    changed = []
+    if not Path(asked.release).is_file() or sha256_file(Path(asked.release)) != asked.release_sha256:
+        changed.append(f"the release file {asked.release}")
+    if asked.edgedeploy != edgedeploy.__version__:
+        changed.append(f"edgedeploy (it was {asked.edgedeploy}, and is {edgedeploy.__version__})")
+    now = _deciding_code()
+    changed += [f"edgedeploy's {file}" for file in sorted(asked.code | now) if asked.code.get(file) != now.get(file)]
+    if changed:
+        raise UsageError(
+            f"the run {journal.name} cannot go on, because since it was started there changed {', '.join(changed)}; "
+            f"start it afresh: edgedeploy run {asked.release}"
+        )
+    return journal, known
+
+
+def _deciding_code() -> dict[str, str]:
+    """Return the digests of the files of edgedeploy that decide what a number is."""
+    package = Path(__file__).parent
+    return {file: sha256_file(package / file) for file in ("ondevice/runner.py", "lab/visits.py", "measure.py")}
+
+
+def _done_so_far(known: History, cells: int) -> str:
+    blocks = sum(session.blocks for session in known.open.values())
+    half = f", {len(known.open)} half measured ({blocks} blocks)" if known.open else ""
+    return f"{len(known.stored)} of {cells} cells are measured, {len(known.failed)} failed{half}"
+
+
+def _work(
+    path: Path,
+    release: Release,
+    candidate: CellEntry,
+    baseline: CellEntry,
+    lab: Lab,
+    device: str,
+    rebuild: bool,
+    trust_pickle: bool,
+) -> Work:
+    """Return how a pair is built, and where it may be measured: both sides on the candidate's device, or one of it."""
+    place = lab.devices.get(device or candidate.device)
+    candidate, baseline = _of_its_kind(candidate, place), _of_its_kind(baseline, place)
+    target = this_target(candidate.target)
+    alike = tuple(
+        name for name, one in lab.devices.items() if one.target and one.target in (candidate.target, target.name)
+    )
+    wanted, spares = device or candidate.device, tuple[str, ...]()
+    if wanted == ANY:
+        if not alike and target.name == this_target("host").name:
+            alike = (LOCAL,)
+        if not alike:
+            raise UsageError(
+                f"cell {candidate.name!r} may be measured on any device of target {candidate.target!r}, and the lab "
+                f'file has none; add target = "{candidate.target}" to the devices that are of this kind'
+            )
+        devices = alike
+    else:
+        device_of(lab, wanted)  # a sentence where there is none
+        devices = (wanted,)
+        is_of_kind = wanted in alike and not device
+        spares = tuple(name for name in alike if name != wanted) if is_of_kind else ()
+    return Work(
+        cell=candidate.name,
+        baseline=baseline.name,
+        requests={cell.name: _request(path, release, cell, rebuild, trust_pickle) for cell in (baseline, candidate)},
+        devices=devices,
+        spares=spares,
+        limits=target.conditions,
+    )
+
+
+def _of_its_kind(cell: CellEntry, device: Device | None) -> CellEntry:
+    """Return a cell; one for `host`, "whatever this machine is", is for what the device is that it is measured on."""
+    if cell.target != "host" or device is None or device.transport == "local" or not device.target:
+        return cell
+    return msgspec.structs.replace(cell, target=device.target)
+
+
+def _concluded(
+    path: Path,
+    release: Release,
+    policy: Policy,
+    chosen: _Chosen,
+    done: Dispatched,
+    journal: Journal,
+    results: Path,
+    progress: Progress,
+) -> Outcome:
+    """Judge what was measured, say what was not, and close the journal."""
+    pairs: list[Pair] = []
+    absent, problems, ledger = list(chosen.absent), list[CellVerdict](), list[LedgerEntry]()
+    for (candidate, baseline), ended in zip(chosen.pairs, done.ended, strict=True):
+        if ended.state == "measured":
+            old, new = (StoredRun(file, run) for file, run in zip(ended.files, ended.runs, strict=True))
+            pairs.append((old, new))
+            ledger.append(LedgerEntry(cell=candidate.name, state="judged", device=ended.device))
+            continue
+        assert ended.error is not None, "what is not measured has a reason"
+        is_left_out = candidate.name in chosen.notes and ended.is_not_installed
+        absent.append(_unmeasured(candidate, baseline, ended.error, None if is_left_out else "INCONCLUSIVE"))
+        if not is_left_out:
+            problems.append(_unjudged(candidate, baseline, ended))
+            entry = LedgerEntry(cell=candidate.name, state=ended.state, reason=ended.reason, device=ended.device)
+            ledger.append(entry)
+    left_out = {row.cell for row in absent if row.decision is None}
+    asked = [candidate.name for candidate, _ in chosen.pairs if candidate.name not in left_out]
+    if [entry.cell for entry in ledger] != asked:
+        raise InternalError(f"the ledger does not balance: {asked} were asked for, {ledger} is what became of them")
+    if len(done.ended) == 1 and (error := done.ended[0].error) is not None:
+        journal.append(Finished(utc=utc_now(), decision="INCONCLUSIVE", ledger=tuple(ledger)))
+        if done.ended[0].state == "pending":
+            progress(f"to go on with it: edgedeploy run --resume {journal.name}")
+        raise error
+    notes = _leakage_notes(path, release, done.artifacts)
+    outcome = _judged(release.name, pairs, policy, done.artifacts, notes)
     outcome = _side_by_side(_with_problems(outcome, problems), absent, chosen.notes)
-    return dataclasses.replace(outcome, other_runtimes=chosen.other_runtimes)
+    verdict = msgspec.structs.replace(outcome.verdict, ledger=tuple(ledger))
+    journal.append(Finished(utc=utc_now(), decision=verdict.decision, ledger=tuple(ledger)))
+    return dataclasses.replace(
+        outcome,
+        verdict=verdict,
+        other_runtimes=chosen.other_runtimes,
+        journal=journal.name,
+        results=results,
+        occupied=done.occupied,
+    )
 
 
 def plan(
-    release_file: AnyPath, *, cells: Sequence[str] = (), targets: Sequence[str] = (), backends: Sequence[str] = ()
+    release_file: AnyPath,
+    *,
+    cells: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    device: str = "",
 ) -> list[str]:
     """Return in words what `run` would do, without doing it; its arguments are those of `run`."""
     release_file = Path(release_file)
@@ -199,8 +396,10 @@ def plan(
         for cell in (baseline, candidate):
             step = f"build {cell.name}: {cell.model} for {cell.target} with {cell.backend} {cell.precision}"
             steps += [] if step in steps else [step]
+        place = device or candidate.device
         steps.append(
-            f"measure {baseline.name} and {candidate.name} interleaved on {candidate.device}, at most "
+            f"measure {baseline.name} and {candidate.name} interleaved on "
+            f"{f'any device of target {candidate.target}' if place == ANY else place}, at most "
             f"{policy.max_blocks} blocks"
         )
         margins = ", ".join(f"{metric} {margin.text}" for metric, margin in policy.margins.items())
@@ -227,6 +426,7 @@ def compile(
     name: str | None = None,
     device: str = "",
     lab: AnyPath | None = None,
+    wait_s: float = 0.0,
     trust_pickle: bool = False,
     rebuild: bool = False,
     progress: Progress = _silent,
@@ -239,6 +439,7 @@ def compile(
         quantization: how a float model is quantized, as a record or as texts "ranges=mse".
         allow_loss: build even what cannot keep the model's compression; the manifest then says what is lost.
         device: where artifacts are built that are tied to a device; its name in the lab file.
+        wait_s: how long to queue for that device when somebody else holds it.
     """
     if device and not is_tied_to_device(backend):
         raise UsageError(f"{backend} compiles on this machine; leave --device {device} out, and give it to bench")
@@ -269,7 +470,7 @@ def compile(
     )
     built = build(request, progress)
     if place is not None:
-        built = engine(built, device, place, progress, rebuild=rebuild)
+        built = engine(built, device, place, progress, rebuild=rebuild, wait_s=wait_s)
     return built if output is None else deliver(built, Path(output))
 
 
@@ -342,6 +543,7 @@ def bench(
     visits: int = 5,
     profile: bool = False,
     seed: int = 0,
+    wait_s: float = 0.0,
     results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> tuple[Run, Path]:
@@ -349,6 +551,7 @@ def bench(
 
     Args:
         profile: time single operators too, in a pass of their own, where the runtime can.
+        wait_s: how long to queue for a device that somebody else holds.
         artifact: a folder that `compile` wrote, as text or Path, like `lab`, `evaluation` and `results`.
     """
     built = load_artifact(Path(artifact))
@@ -361,6 +564,7 @@ def bench(
         blocks=visits,
         is_profiled=profile,
         seed=seed,
+        wait_s=wait_s,
     )
     (stored,) = _stored_runs(request, lambda runs: False, Results(Path(results)), progress)
     return stored.run, Path(stored.file)
@@ -387,6 +591,7 @@ def compare_precisions(
     margin: str = "",
     max_blocks: int = 16,
     seed: int = 0,
+    wait_s: float = 0.0,
     results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> Comparison:
@@ -402,6 +607,7 @@ def compare_precisions(
         calibration: what int8 is calibrated on; without it, only a model that brings its own scales becomes int8.
         margin: how much accuracy may be lost and still count as kept; "": "accuracy=-1pt", or "accuracy=+5%" for mae.
         max_blocks: A/B pairs at most for each comparison.
+        wait_s: how long to queue for a device that somebody else holds, each time that it is needed.
 
     Raises:
         UsageError: a name or a file is wrong, or `source` is an artifact.
@@ -444,6 +650,7 @@ def compare_precisions(
             evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
             seed=seed,
+            wait_s=wait_s,
         ),
         Results(Path(results)),
         progress,
@@ -468,6 +675,7 @@ def gate(
     metric: str = "top1",
     output_name: str = "",
     seed: int = 0,
+    wait_s: float = 0.0,
     results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> Outcome:
@@ -478,6 +686,7 @@ def gate(
         baseline: likewise; None: the blessed run of the candidate's target and model.
         lab, evaluation, results: as text or Path.
         margins: "metric=amount"; empty: accuracy=-1pt, latency_p50=+5%, peak_memory=+10%, artifact_size=+10%.
+        wait_s: how long to queue for a device that somebody else holds.
     """
     candidate, baseline = str(candidate), None if baseline is None else str(baseline)
     policy = Policy(
@@ -503,6 +712,7 @@ def gate(
             evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
             seed=seed,
+            wait_s=wait_s,
         )
         pair = _measured_pair(request, policy, 1, store, progress)
     else:
@@ -708,15 +918,16 @@ def _evaluation(path: Path, release: Release) -> Evaluation | None:
     return Evaluation(path=path.parent / entry.set, metric=entry.metric, output=entry.output) if entry else None
 
 
-def _unjudged(candidate: CellEntry, baseline: CellEntry, error: Exception) -> CellVerdict:
+def _unjudged(candidate: CellEntry, baseline: CellEntry, ended: Ended) -> CellVerdict:
+    what = "could not be built or measured" if ended.state == "failed" else "has not been measured yet"
     return CellVerdict(
         cell=candidate.name,
         baseline_cell=baseline.name,
-        device=candidate.device,
+        device=ended.device or candidate.device,
         target=candidate.target,
         decision="INCONCLUSIVE",
         findings=(),
-        notes=(f"could not be built or measured: {error}",),
+        notes=(f"{what}: {ended.reason}",),
     )
 
 
@@ -735,14 +946,6 @@ def _unmeasured(
         decision=decision,
         absent=str(error),
     )
-
-
-def _is_not_installed(error: BaseException | None) -> bool:
-    """Say whether what failed, or what that rests on, is a runtime or converter that is not installed."""
-    if error is None:
-        return False
-    is_missing = isinstance(error, VisitFailed) and error.kind == "missing-runtime"
-    return is_missing or isinstance(error, BackendMissing) or _is_not_installed(error.__cause__)
 
 
 def _side_by_side(outcome: Outcome, absent: Sequence[Contender], notes: Mapping[str, Sequence[str]]) -> Outcome:
@@ -918,7 +1121,8 @@ class _Comparing:
         for precision in allowed_precisions(self.target, state):
             try:
                 built = build(dataclasses.replace(self.request, backend=backend, precision=precision), self.progress)
-                built = engine(built, self.session.device_name, self.session.device, self.progress)
+                session = self.session
+                built = engine(built, session.device_name, session.device, self.progress, wait_s=session.wait_s)
             except (ModelError, ToolchainError, DeviceError) as error:
                 self._fail(backend, precision, error)
             except UsageError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,17 +28,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     What stood at `path` stays untouched, and nothing half-written is left, when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    # The kernel applies the person's umask; asking for it means to change it, under the feet of other threads.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     try:
         yield part
         with part.open("rb") as stream:
             os.fsync(stream.fileno())
-        # mkstemp creates 0600; a finished document follows the person's umask like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

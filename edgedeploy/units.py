@@ -54,6 +54,22 @@ def parse_quantity(text: str) -> tuple[float, str]:
     raise ValueError(f"{text!r} has the unknown unit {unit!r}; known are {known}")
 
 
+def parse_waiting(text: str) -> float:
+    """Return a time that a person is ready to wait, in seconds.
+
+    Raises:
+        ValueError: not a time from 0 to a week.
+
+    >>> parse_waiting("90"), parse_waiting("10m"), parse_waiting("1.5h")
+    (90.0, 600.0, 5400.0)
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*(s|m|min|h|)", text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}[match[2]] if match else math.inf
+    if seconds > 7 * 86400:
+        raise ValueError("a time from 0 to a week is meant, such as 30s, 10m or 2h")
+    return seconds
+
+
 def format_duration(seconds: float) -> str:
     """Print a duration with three significant digits.
 

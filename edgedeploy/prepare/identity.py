@@ -8,10 +8,11 @@ that it imports count by their version.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.machinery
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from edgedeploy.errors import ModelError, UsageError
@@ -61,9 +62,9 @@ def _file_identity(path: Path) -> str:
 
 def _module_closure(module: str, base: Path) -> dict[str, str]:
     """Return module name → digest of its source, or distribution name → version, for all that `module` imports."""
+    distributions = _distributions(tuple(sys.path))
     sys.path.insert(0, str(base))
     try:
-        distributions = importlib.metadata.packages_distributions()
         found: dict[str, str] = {}
         waiting = [module]
         while waiting:
@@ -86,6 +87,12 @@ def _module_closure(module: str, base: Path) -> dict[str, str]:
         return found
     finally:
         sys.path.remove(str(base))
+
+
+@functools.cache
+def _distributions(search: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Return importable name → distributions on `search`, which is sys.path: reading hundreds of them takes a while."""
+    return importlib.metadata.packages_distributions()
 
 
 def _source_file(name: str) -> Path | None:

@@ -39,6 +39,7 @@ class Device(Record, frozen=True, kw_only=True):
     Attributes:
         target: the kind of device that it is, a target's name; cells with device = "any" go to devices of their target.
         place: of labgrid, whose coordinator says host, port and user; for transport "labgrid".
+        coordinator: "host:port" of the place's; empty: labgrid_coordinator of the lab file.
         lease_dir: where the device's users keep the lease that they share; empty: the runner's choice.
         settings: what it is set to while we hold it.
         runtimes: back end → version of the provisioned runtime that is used; else the newest, or what its Python has.
@@ -63,6 +64,7 @@ class Device(Record, frozen=True, kw_only=True):
     python: str = ""
     root: str = ""
     place: str = ""
+    coordinator: str = ""
     lease_dir: str = ""
     settings: DeviceSettings = DeviceSettings()
     runtimes: dict[str, str] = {}
@@ -111,10 +113,38 @@ class TensorRTBindings(Record, frozen=True, kw_only=True):
     folder: str
 
 
+class Cluster(Record, frozen=True, kw_only=True):
+    """Cores that are alike.
+
+    Attributes:
+        cores: their numbers, "0-3".
+        max_hz: the highest clock that the kernel would give them.
+    """
+
+    cores: str
+    max_hz: float
+
+
+class Interpreter(Record, frozen=True, kw_only=True):
+    """What decides which wheels a device's Python takes, in the words of wheels' names.
+
+    Attributes:
+        tag: implementation and version, "cp311".
+        abi: "cp311", "cp313t".
+        bits: of a pointer: 32 on a 64-bit kernel where the system's programs are 32-bit.
+    """
+
+    tag: str = ""
+    abi: str = ""
+    bits: int = 0
+
+
 class DeviceFacts(Record, frozen=True, kw_only=True):
     """What the runner says a device is; an empty or None value means "not available", never zero.
 
     Attributes:
+        clusters: groups of equal cores; empty where the kernel says no clock.
+        interpreter: which Python runs the runner, as far as wheels go.
         board: what the device tree calls the machine; "" on x86.
         l4t: release of Jetson Linux, "36.4.3".
         jetpack: "6.2"; by the package nvidia-jetpack, else by the release.
@@ -137,6 +167,8 @@ class DeviceFacts(Record, frozen=True, kw_only=True):
     cores: int
     memory_bytes: int | None
     boot_id: str
+    clusters: tuple[Cluster, ...] = ()
+    interpreter: Interpreter = Interpreter()
     board: str = ""
     l4t: str = ""
     jetpack: str = ""
@@ -145,3 +177,26 @@ class DeviceFacts(Record, frozen=True, kw_only=True):
     cuda: str = ""
     tensorrt: str = ""
     tensorrt_bindings: tuple[TensorRTBindings, ...] = ()
+
+
+class Survey(Record, frozen=True, kw_only=True):
+    """What a board is before it is used: printed once, when it is added.
+
+    Attributes:
+        python: the interpreter's path there.
+        free_bytes: on the disk where files are kept.
+        runtimes: distribution → version, of what its Python can already import.
+        governor: of its cores now; governors: those that it has. Empty: not available.
+        temperatures_celsius: of its thermal zones now; empty: not available.
+        has_sudo: `sudo -n` works without a password.
+    """
+
+    facts: DeviceFacts
+    python: str
+    free_bytes: int
+    runtimes: dict[str, str] = {}
+    governor: str = ""
+    governors: tuple[str, ...] = ()
+    temperatures_celsius: dict[str, float] = {}
+    is_root: bool = False
+    has_sudo: bool = False

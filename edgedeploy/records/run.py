@@ -93,6 +93,8 @@ class Visit(Record, frozen=True, kw_only=True):
         warm_up_samples_s: inferences before steady state, in order.
         is_steady: whether two adjacent warm-up windows agreed before the cap.
         dropped: why this visit's pair does not count; "" when it does.
+        cooled_s: how long it waited for the device to cool; None: no temperature to wait for was asked for.
+        is_cool: whether it was cool enough then; None also where the device has no thermal zone.
     """
 
     block: int
@@ -106,6 +108,8 @@ class Visit(Record, frozen=True, kw_only=True):
     after: Conditions
     foreign_load: float | None = None
     dropped: str = ""
+    cooled_s: float | None = None
+    is_cool: bool | None = None
 
 
 class MemoryVisit(Record, frozen=True, kw_only=True):
@@ -180,6 +184,8 @@ class Run(Record, frozen=True, kw_only=True):
         golden: its answers on this device beside the golden ones; None where the artifact has none.
         side: "baseline" or "candidate" in an A/B session, "single" alone.
         events: what happened that a reader should know (a dropped pair, a child that died), in order.
+        settings_applied: what the device was set to meanwhile, "governor" → "performance".
+        settings_refused: what it could not be set to → why.
     """
 
     format: str = FORMAT
@@ -199,6 +205,8 @@ class Run(Record, frozen=True, kw_only=True):
     memory: tuple[MemoryVisit, ...]
     outputs: Outputs | None
     events: tuple[str, ...] = ()
+    settings_applied: dict[str, str] = {}
+    settings_refused: dict[str, str] = {}
     edgedeploy: str
     runner_sha256: str
 

@@ -122,11 +122,27 @@ class Contender(Record, frozen=True, kw_only=True):
     absent: str = ""
 
 
+class LedgerEntry(Record, frozen=True, kw_only=True):
+    """What became of a cell that was asked for.
+
+    Attributes:
+        state: "judged"; "failed": it cannot be built or measured; "pending": nothing could be done about it yet.
+        reason: of a cell that is not judged.
+        device: where it was measured, or was to be.
+    """
+
+    cell: str
+    state: Literal["judged", "failed", "pending"]
+    reason: str = ""
+    device: str = ""
+
+
 class Verdict(Record, frozen=True, kw_only=True):
     """A gate's answer.
 
     Attributes:
         contenders: all that was compared, side by side, and what could have been but is not installed.
+        ledger: every cell that `run` was asked for, once; empty for other verbs.
     """
 
     format: str = FORMAT
@@ -136,3 +152,4 @@ class Verdict(Record, frozen=True, kw_only=True):
     policy: Policy
     judged_utc: str
     contenders: tuple[Contender, ...] = ()
+    ledger: tuple[LedgerEntry, ...] = ()

@@ -26,6 +26,7 @@ def place(tmp_path, monkeypatch) -> Path:
     targets.mkdir()
     (targets / "fake-board.toml").write_text(TARGET)
     monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("EDGEDEPLOY_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("EDGEDEPLOY_LAB", raising=False)
     monkeypatch.chdir(tmp_path)

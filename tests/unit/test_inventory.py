@@ -95,6 +95,21 @@ def test_wrong_entry_is_refused_with_file_and_line(tmp_path: Path, entry: str, l
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ('governor = "performance; reboot"', "is no governor"),
+        ('cpu_affinity = "4-"', 'cores are meant, such as "4-7"'),
+        ("power_mode = -1", "the number that nvpmodel -m takes"),
+        ("start_below_celsius = nan", "no temperature"),
+        ("cooling_cap_s = inf", "seconds from 0 to 3000"),
+    ],
+)
+def test_setting_that_cannot_be_meant_is_refused(tmp_path: Path, line: str, text: str) -> None:
+    with pytest.raises(DocumentError, match=text):
+        load(tmp_path, f'[devices.bench]\ntransport = "local"\n[devices.bench.settings]\n{line}\n')
+
+
 def test_local_cannot_be_another_machine(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="'local' is always this machine"):
         load(tmp_path, '[devices.local]\ntransport = "ssh"\nhost = "x"\n')

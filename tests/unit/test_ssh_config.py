@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedeploy.errors import DocumentError, ToolchainError, UsageError
-from edgedeploy.lab.ssh_config import Hop, _parse_address, route
+from edgedeploy.lab.ssh_config import Hop, parse_address, route
 from edgedeploy.records.device import Device
 
 
@@ -157,4 +157,4 @@ _WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789.-_", min_size=1, max_size=
 def test_addresses_are_parsed_as_they_are_written(user: str, host: str, port: int) -> None:
     bracketed = f"[{host}]" if ":" in host else host
     text = f"{user}@{bracketed}" if user else bracketed
-    assert _parse_address(f"{text}:{port}" if port else text) == (user, host, port)
+    assert parse_address(f"{text}:{port}" if port else text) == (user, host, port)
