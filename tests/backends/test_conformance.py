@@ -117,16 +117,15 @@ def test_samples_depend_on_their_seed_alone():
 # ---------------------------------------------------------------- the judge
 
 
-def test_what_kills_or_outlasts_a_worker_is_told_and_the_next_cell_is_judged(tmp_path):
-    with Worker(tmp_path) as worker:
-        assert worker.judge("softmax_head", "fake", "fp32").word == "right"
-        worker._process.kill()
-        dead = worker.judge("softmax_head", "fake", "fp32")
-        assert (dead.word, "-9" in dead.why) == ("crashed", True), dead.why
-        assert worker.judge("softmax_head", "fake", "fp32").word == "right"
-        worker._limit_s = 0.0
-        late = worker.judge("softmax_head", "fake", "int8")
-        assert (late.word, "within 0 s" in late.why) == ("crashed", True), late.why
+def test_what_kills_or_outlasts_a_worker_is_told_and_the_next_cell_is_judged(worker, monkeypatch):
+    assert worker.judge("softmax_head", "fake", "fp32").word == "right"
+    worker._process.kill()
+    dead = worker.judge("softmax_head", "fake", "fp32")
+    assert (dead.word, "-9" in dead.why) == ("crashed", True), dead.why
+    assert worker.judge("softmax_head", "fake", "fp32").word == "right"
+    monkeypatch.setattr(worker, "_limit_s", 0.0)
+    late = worker.judge("softmax_head", "fake", "int8")
+    assert (late.word, "within 0 s" in late.why) == ("crashed", True), late.why
 
 
 def test_an_error_that_is_no_sentence_is_a_crash(tmp_path, monkeypatch):

@@ -3,11 +3,16 @@
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edgedeploy.cli
+from edgedeploy import measure
+from edgedeploy.judge import gate
+from edgedeploy.storage import sha256_file
 
 pytest.importorskip("torch", reason="the README compiles from PyTorch: pip install 'edgedeploy[torch]'")
 pytest.importorskip("onnxruntime", reason="the README runs ONNX Runtime: pip install 'edgedeploy[onnxruntime]'")
@@ -32,11 +37,15 @@ def _short(words: list[str]) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_readme_commands_run_in_order(tmp_path, monkeypatch, capsys):
-    for name in ("edgedeploy", "calibration"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "calibration").symlink_to(ROOT / "calibration")
+    _with_fewer_samples(ROOT / "edgedeploy", tmp_path / "edgedeploy", 250)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    usual = measure._usual_schedule
+    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: replace(usual(sides), warm_up_cap_s=0.2))
+    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
+    monkeypatch.setattr(gate, "is_decided", lambda baseline, candidate, *policy, **more: len(baseline.visits) >= 2)
     ran = []
     for words in _commands():
         if words[0] == "pip":
@@ -50,6 +59,21 @@ def test_readme_commands_run_in_order(tmp_path, monkeypatch, capsys):
         assert code in (VERDICT_CODES if judges else (0,)), (words, told.err)
         ran.append(words[1])
     assert {"init", "run", "compile", "bench", "compare", "gate", "doctor"} <= set(ran)
+
+
+def _with_fewer_samples(package: Path, copy: Path, count: int) -> None:
+    """Make a copy of the package, of links, in which the evaluation set of the quickstart has only its first samples."""
+    demo, evaluation = package / "demo", package / "demo" / "evaluation"
+    fewer = copy / "demo" / "evaluation"
+    fewer.mkdir(parents=True)
+    for path in [*package.iterdir(), *demo.iterdir()]:
+        if path not in (demo, evaluation):
+            (copy / path.relative_to(package)).symlink_to(path)
+    with np.load(evaluation / "samples.npz") as samples:
+        np.savez(fewer / "samples.npz", **{name: samples[name][:count] for name in samples.files})
+    manifest = re.sub(r"(?m)^count = \d+$", f"count = {count}", (evaluation / "manifest.toml").read_text())
+    digest = sha256_file(fewer / "samples.npz")
+    (fewer / "manifest.toml").write_text(re.sub(r'(?m)^sha256 = "\w+"$', f'sha256 = "{digest}"', manifest))
 
 
 def _an_onnx_file(folder: Path) -> Path:

@@ -29,6 +29,7 @@ def short_visits(monkeypatch):
     quick = Schedule(bursts_per_visit=2, samples_per_burst=4, lead_in=0, warm_up_window=2, warm_up_tolerance=1e9)
     monkeypatch.setattr(engines, "Schedule", lambda: quick)
     monkeypatch.setattr(measure, "_usual_schedule", lambda sides: quick)
+    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
 
 
 @pytest.fixture(scope="module")
