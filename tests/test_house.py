@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +192,11 @@ def test_user_mistake_is_a_sentence_and_json_when_asked():
     document = json.loads(done.stdout)
     assert document["format"] == "edgedeploy.error/1"
     assert document["exit_code"] == done.returncode
+
+
+def test_reader_that_leaves_early_is_not_complained_of():
+    command = [sys.executable, "-c", "from edgedeploy.cli import main; main()", "doctor", "--security"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE

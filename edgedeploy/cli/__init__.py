@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -48,8 +49,18 @@ _SUMMARIES = {
 }
 
 
+class _ReaderLeft(Exception):
+    """The reader of our stdout has gone (| head)."""
+
+
 class _Verbs(click.Group):
     """Lists every verb without importing it."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError as error:  # click would make a sys.exit of it, which looks like one of the model's
+            raise _ReaderLeft from error
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(_VERBS)
@@ -120,10 +131,10 @@ def run(arguments: list[str]) -> int:
             f"building needs, and edgedeploy doctor says what else is missing"
         )
         return _complain(text, "BackendMissing", EdgedeployError.exit_code, arguments)
-    except BrokenPipeError:
-        # The reader of our stdout left (| head); writing more, even at exit, would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except _ReaderLeft:
+        # Writing more, even at exit, would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE  # as programs end that know nothing of pipes: a verdict was perhaps not read
     except OSError as error:
         # A copy that fails names what it read first and what it wrote second.
         path = error.filename2 or error.filename
