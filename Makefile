@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-lab lab-up lab-down check bench bench-compression bench-runtimes smoke clean
+.PHONY: help demo test test-lab soak lab-up lab-down check bench bench-compression bench-runtimes smoke clean
 help:
 	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
 	@echo "make test    format, lint, types, architecture and all tests"
 	@echo "make test-lab   tests on aarch64 devices that are made on this machine, as root (about 5 minutes)"
+	@echo "make soak    random faults while a matrix is measured, and whether the books balance (30 minutes)"
 	@echo "make lab-up     those devices to play with, and their lab.toml; make lab-down ends them"
 	@echo "make check   the same without the tests"
 	@echo "make bench   the figures of the README on measuring and judging, as ratios (about 20 minutes)"
@@ -58,6 +59,11 @@ test: check
 test-lab: $(VENV)/.dev
 	$(BIN)/python -m tests.testbed build
 	EDGEDEPLOY_TEST_LAB=require $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/lab
+
+# Random faults strike a small lab while a matrix is measured on it; at the end nothing may be lost or done twice.
+SOAK_MINUTES ?= 30
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) --figures bench_results/figures/soak.json
 
 lab-up: $(VENV)/.dev
 	@$(BIN)/python -m tests.testbed up

@@ -23,7 +23,6 @@ from edgedeploy.errors import (
     BackendMissing,
     DeviceBusy,
     DeviceError,
-    DeviceUnreachable,
     EdgedeployError,
     ModelError,
     ToolchainError,
@@ -51,6 +50,7 @@ from edgedeploy.measure import (
     Session,
     Stop,
     Stopped,
+    is_lost,
     measure,
 )
 from edgedeploy.records.artifact import Artifact
@@ -181,7 +181,7 @@ def session_task(order: SessionOrder, progress: Progress | None = None, stop: St
         state: Literal["busy", "lost", "failed"] = "failed"
         if isinstance(cause, DeviceBusy):
             state = "busy"
-        elif isinstance(cause, DeviceUnreachable):
+        elif is_lost(cause):
             state = "lost"
         return SessionResult(
             state=state,

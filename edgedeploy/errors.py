@@ -108,9 +108,11 @@ class DeviceError(EdgedeployError):
 
     Attributes:
         measured: what the block that was interrupted had measured until then, marked as dropped.
+        kind: a word for programs: the runner's, or "not-shipped"; "" where nobody asks.
     """
 
     measured: tuple[object, ...] = ()
+    kind: str = ""
 
 
 class DeviceUnreachable(DeviceError):

@@ -65,6 +65,8 @@ MEMORY_VISITS = 3
 _FAILED_BLOCKS_ALLOWED = 2
 # What may be a single accident; anything else (a missing runtime, a broken artifact) would fail again.
 _PASSING_FAILURES = ("died", "timeout")
+# What the runner, or who ships to it, says when the device itself cannot go on, whatever is measured.
+_FAULTS_OF_DEVICES = frozenset({"disk-full", "device-io", "not-shipped"})
 # A link may be lost once in a session; the second time the device is given up.
 _LOSSES_ALLOWED = 1
 # A board boots in a minute, and a lease that its dead holder does not renew expires in one.
@@ -332,14 +334,14 @@ class Session:
         """Return the step that ends the current block."""
         if error is None:
             return BlockEnded(block=self.blocks, taken=tuple(taken))
-        is_lost = _is_lost(error)
+        was_lost = is_lost(error)
         may_pass = isinstance(error, VisitFailed) and error.kind in _PASSING_FAILURES
         return BlockEnded(
             block=self.blocks,
             taken=tuple(taken),
             failure=str(error),
-            is_lost=is_lost,
-            is_fatal=not is_lost and (not may_pass or self.failures >= _FAILED_BLOCKS_ALLOWED),
+            is_lost=was_lost,
+            is_fatal=not was_lost and (not may_pass or self.failures >= _FAILED_BLOCKS_ALLOWED),
         )
 
     def runs(self) -> tuple[Run, ...]:
@@ -373,9 +375,10 @@ class Session:
         )
 
 
-def _is_lost(error: DeviceError) -> bool:
-    """Say whether it is the device or the way to it that is gone, and nothing is wrong with what was measured."""
-    return isinstance(error, DeviceUnreachable | LeaseLost)
+def is_lost(error: BaseException | None) -> bool:
+    """Say whether it is the device or the way to it that is at fault, and nothing is wrong with what was measured."""
+    is_faulty = isinstance(error, DeviceError) and error.kind in _FAULTS_OF_DEVICES
+    return is_faulty or isinstance(error, DeviceUnreachable | LeaseLost)
 
 
 # ---------------------------------------------------------------- the session on its device
@@ -413,11 +416,12 @@ class _Worker:
                     self._work(agent, transport)
             except DeviceError as error:
                 # A file that did not arrive may have met a link that broke, which shows when we connect again.
-                may_be_lost = _is_lost(error) or isinstance(error, TransferError)
+                may_be_lost = is_lost(error) or isinstance(error, TransferError)
                 if self._stop.is_requested or session.begun is None or not may_be_lost:
                     raise
                 losses += 1
-                if isinstance(error, DeviceLost) or (losses > _LOSSES_ALLOWED and isinstance(error, TransferError)):
+                is_named = isinstance(error, TransferError) or error.kind in _FAULTS_OF_DEVICES
+                if isinstance(error, DeviceLost) or (losses > _LOSSES_ALLOWED and is_named):
                     raise
                 if losses > _LOSSES_ALLOWED:
                     raise DeviceLost(f"{error}; it was lost for the second time in this session") from error

@@ -9,10 +9,10 @@ from hypothesis import settings
 
 from edgedeploy.storage import cache_dir
 
-# A change is not refused for an example that it did not bring; EDGEDEPLOY_TEST_RANDOM=1 looks for new ones.
+# A change is not refused for an example that it did not bring; EDGEDEPLOY_TEST_RANDOM=1 looks for new ones, and longer.
 settings.register_profile("repeatable", derandomize=True)
-if not os.environ.get("EDGEDEPLOY_TEST_RANDOM"):
-    settings.load_profile("repeatable")
+settings.register_profile("searching", max_examples=1000, deadline=None)
+settings.load_profile("searching" if os.environ.get("EDGEDEPLOY_TEST_RANDOM") else "repeatable")
 
 # They take a minute to make.
 os.environ.setdefault("EDGEDEPLOY_TOOLS_DIR", str(cache_dir() / "tools"))

@@ -108,9 +108,16 @@ def ship(agent: Agent, transport: Transport, files: Mapping[str, Path]) -> tuple
     """
     copied: dict[str, None] = {}
     arrived: dict[str, int] = {}
-    _persistently(
-        agent, transport, lambda: _ship(agent, transport, files, copied, arrived), lambda: (len(copied), dict(arrived))
-    )
+    try:
+        _persistently(
+            agent,
+            transport,
+            lambda: _ship(agent, transport, files, copied, arrived),
+            lambda: (len(copied), dict(arrived)),
+        )
+    except TransferError as error:
+        error.kind = "not-shipped"
+        raise
     return tuple(copied)
 
 

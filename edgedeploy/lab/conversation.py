@@ -336,7 +336,9 @@ class Agent:
             raise LeaseLost(message)
         if visit or do == "bursts":
             raise VisitFailed(message, kind=event.kind)
-        raise TransferError(message) if do == "commit" else DeviceError(message)
+        refused = TransferError(message) if do == "commit" else DeviceError(message)
+        refused.kind = event.kind
+        raise refused
 
     def _next(self, what: str, latest_s: float = math.inf) -> Event:
         """Return the next event that is not a heartbeat; at `latest_s` of the monotonic clock a live device is lost."""

@@ -869,6 +869,28 @@ def free_bytes(folder):
     return disk.f_bavail * disk.f_frsize
 
 
+def write_whole(path, document, is_synced=False):
+    """Write JSON whole or not at all: a full disk leaves what was there, and no half file.
+
+    Args:
+        path: of the file.
+        document: what it says.
+        is_synced: whether its bytes are on the disk when it gets its name.
+    """
+    part = path + ".part"
+    try:
+        with open(part, "w", encoding="utf-8") as stream:
+            json.dump(document, stream)
+            if is_synced:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            os.unlink(part)
+        raise
+
+
 def sync_folder(folder):
     """Have the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -915,10 +937,7 @@ class Store:
         """Keep what is known, if it has changed."""
         if not self.is_changed:
             return
-        part = self.index_path + ".part"
-        with open(part, "w", encoding="utf-8") as stream:
-            json.dump(self.entries, stream)
-        os.replace(part, self.index_path)
+        write_whole(self.index_path, self.entries)
         self.is_changed = False
 
     def path(self, name):
@@ -2364,14 +2383,8 @@ class Settings:
 
 def write_restore(root, entries):
     """Write down what is to be undone, so that it is on the disk when we return."""
-    path = os.path.join(root, RESTORE_FILE)
-    part = path + ".part"
     document = {"boot_id": read_text("/", "proc/sys/kernel/random/boot_id") or "", "entries": entries}
-    with open(part, "w", encoding="utf-8") as stream:
-        json.dump(document, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    write_whole(os.path.join(root, RESTORE_FILE), document, is_synced=True)
     folder = os.open(root, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -43,7 +43,6 @@ OPTIONS = {**dataclasses.asdict(Options()), "duration_us": 5000.0}
 # Starting an emulated interpreter is silent for long; what has once spoken sends a heartbeat every 2 s.
 START_S, SILENCE_S = 60.0, 8.0
 RECOVERY_S = 180.0
-CUT_OFF = r"connection was lost|fell silent|went silent|shut down|ended"
 
 
 @dataclass
@@ -174,8 +173,7 @@ def bench(machine: Vm, tmp_path: Path) -> Bench:
 def test_power_cut_or_reboot_in_a_visit_is_told_and_the_device_is_free_as_soon_as_it_is_up(bench, fault):
     before = bench.vm.boot_id()
     told = bench.interrupted_by(getattr(bench.vm, fault))
-    assert re.search(CUT_OFF, told), told
-    assert "device 'vm'" in told
+    assert re.search("device 'vm'.*(the connection was lost|fell silent|went silent)", told), told
     bench.vm.wait_until_up()
     assert bench.vm.boot_id() != before
     bench.is_well()
@@ -185,14 +183,14 @@ def test_power_cut_or_reboot_in_a_visit_is_told_and_the_device_is_free_as_soon_a
 def test_cable_or_processor_that_stops_in_a_visit_is_told_by_its_silence(bench, fault, remedy):
     told = bench.interrupted_by(getattr(bench.vm, fault))
     getattr(bench.vm, remedy)()
-    assert re.search(r"fell silent during bursts in visit .*check its power and network|went silent", told), told
+    assert re.search(r"fell silent during bursts in visit .*check its power and network", told), told
     bench.vm.wait_until_up()
     bench.is_well()
 
 
 def test_session_of_sshd_that_is_killed_in_a_visit_is_told_and_leaves_no_orphan(bench):
     told = bench.interrupted_by(lambda: bench.as_root("pkill -KILL -f '[s]shd: pi@notty'"))
-    assert re.search(CUT_OFF, told), told
+    assert re.search("the connection was lost .*, during bursts in visit", told), told
     bench.is_well()
 
 
@@ -208,7 +206,9 @@ def test_visit_that_eats_all_memory_is_killed_and_the_next_one_in_the_same_sessi
 
 
 def test_visit_that_outgrows_its_control_group_is_killed_and_the_device_goes_on(bench):
-    bench.as_root("cd /sys/fs/cgroup && echo +memory > cgroup.subtree_control && mkdir small && echo 67108864 > small/memory.max")
+    bench.as_root(
+        "cd /sys/fs/cgroup && echo +memory > cgroup.subtree_control && mkdir small && echo 67108864 > small/memory.max"
+    )
     with bench.agent() as (agent, _):
         # The agent and all that it starts from now on.
         bench.as_root(
@@ -343,7 +343,9 @@ def test_run_whose_host_is_killed_and_whose_device_loses_power_goes_on_and_measu
         host.wait()
     bench.vm.power_cut()
     bench.vm.wait_until_up()
-    done = subprocess.run([*command, "--resume"], cwd=release, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        [*command[:4], "--resume"], cwd=release, capture_output=True, text=True, timeout=500, check=False
+    )
     # 4: an emulated processor is too noisy to decide on; never 3.
     assert done.returncode in (0, 4), done.stderr
     (journal,) = journals()

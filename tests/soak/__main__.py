@@ -175,8 +175,8 @@ def _table(campaign: Campaign, storm: Storm, books: list[Book]) -> None:
 
 
 def _survived(campaign: Campaign, storm: Storm) -> collections.Counter[str]:
-    """Return the faults of the rounds whose hosts all ended well."""
-    return collections.Counter(kind for kind, number in storm.in_round if not campaign.round_problems.get(number))
+    """Return the faults during which the measuring host ended as it should."""
+    return collections.Counter(kind for kind, log in storm.during if log not in campaign.badly_ended)
 
 
 def _figures(

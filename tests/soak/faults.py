@@ -16,7 +16,7 @@ from .hosts import Campaign, Host, is_past_start
 from .spots import Spot
 
 # Seconds from one strike to the next.
-PAUSE_S = (1.5, 5.0)
+PAUSE_S = (2.0, 6.0)
 # The longest a host may take to give its devices back after Ctrl-C.
 FAREWELL_S = 60.0
 
@@ -57,7 +57,7 @@ class Storm:
     """Faults that strike while a campaign goes on.
 
     Attributes:
-        struck: kind → how often; in_round: (kind, round) of each.
+        struck: kind → how often; during: (kind, log of the host that measured then) of each.
         rivals: other hosts that want a device.
     """
 
@@ -65,7 +65,7 @@ class Storm:
         self.campaign, self._spots = campaign, spots
         self.random = random.Random(seed)
         self.struck: collections.Counter[str] = collections.Counter()
-        self.in_round: list[tuple[str, int]] = []
+        self.during: list[tuple[str, Path]] = []
         self.rivals: list[Host] = []
         self.log = campaign.folder / "logs" / "storm.log"
         self._active: list[_Struck] = []
@@ -108,7 +108,7 @@ class Storm:
             except NotNowError:
                 continue
             self.struck[fault.kind] += 1
-            self.in_round.append((fault.kind, self.campaign.rounds))
+            self.during.append((fault.kind, self.campaign.host.log if self.campaign.host else Path()))
             where = "host" if fault.is_on_host else spot.name
             self._note(f"{fault.kind} at {where} for {hold_s:.1f} s, round {self.campaign.rounds}")
             self._active.append(_Struck(fault, spot, heal, time.monotonic() + hold_s))
@@ -295,10 +295,10 @@ FAULTS = (
     Fault("visit killed", _killed("visit", signal.SIGKILL)),
     Fault("visit crashed", _killed("visit", signal.SIGSEGV), weight=0.5),
     Fault("visit stopped", _stopped("visit"), (1.0, 10.0)),
-    Fault("disk full", _disk_full, (2.0, 15.0)),
-    Fault("throttled", _throttled, (2.0, 20.0)),
-    Fault("host killed", _host_killed, is_on_host=True, weight=1.5),
-    Fault("host interrupted", _host_interrupted, is_on_host=True, weight=0.5),
+    Fault("disk full", _disk_full, (2.0, 15.0), weight=0.6),
+    Fault("throttled", _throttled, (2.0, 20.0), weight=0.6),
+    Fault("host killed", _host_killed, is_on_host=True, weight=0.6),
+    Fault("host interrupted", _host_interrupted, is_on_host=True, weight=0.3),
     Fault("host frozen", _host_frozen, (1.0, 10.0), is_on_host=True, weight=0.5),
-    Fault("second host", _rival, weight=1.5),
+    Fault("second host", _rival, weight=0.7),
 )

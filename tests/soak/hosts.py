@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 
 from .ledger import is_over, planned_release
 
+ROOT = Path(__file__).parents[2]
 TARGET = """\
 format = "edgedeploy.target/1"
 name = "fake-board"
@@ -83,7 +85,10 @@ class Host:
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal whose exit code then is no surprise."""
-        self.allowed |= {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGINT: {INTERRUPTED}}.get(number, set())
+        # A shell shows both as 130: the interpreter itself is what ends when our words are all said.
+        self.allowed |= {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGINT: {INTERRUPTED, -signal.SIGINT}}.get(
+            number, set()
+        )
         self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> None:
@@ -102,7 +107,7 @@ class Host:
     @property
     def was_ended_early(self) -> bool:
         """Return whether we ended it."""
-        return self.code in (-signal.SIGKILL, INTERRUPTED)
+        return self.code in (-signal.SIGKILL, -signal.SIGINT, INTERRUPTED)
 
     def problems(self) -> list[str]:
         """Return what is wrong with its end, or with what it said."""
@@ -129,12 +134,16 @@ class Campaign:
             (folder / name).mkdir()
         (folder / "targets" / "fake-board.toml").write_text(TARGET)
         write_model(folder / "wide.onnx")
+        # A run does not go on with other code than it began with, and somebody may edit the checkout meanwhile.
+        leave = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "edgedeploy", folder / "code" / "edgedeploy", ignore=leave)
+        shutil.copytree(ROOT / "targets", folder / "code" / "edgedeploy" / "targets")
         self.results, self.journals = folder / "results", folder / "state" / "journals"
         self.host: Host | None = None
         self.round, self.rounds, self.hosts, self.resumes = folder, 0, 0, 0
         self._resumed = 0
         self.problems: list[str] = []
-        self.round_problems: dict[int, int] = {}
+        self.badly_ended: set[Path] = set()
 
     def environment(self, own: str = "") -> dict[str, str]:
         """Return what a host sees; another one has cache and state of its own."""
@@ -145,6 +154,7 @@ class Campaign:
             "EDGEDEPLOY_STATE_DIR": str(place / "state"),
             "EDGEDEPLOY_TARGETS": str(self.folder / "targets"),
             "XDG_CONFIG_HOME": str(place / "config"),
+            "PYTHONPATH": str(self.folder / "code"),
             "OMP_NUM_THREADS": "1",
         }
 
@@ -179,7 +189,7 @@ class Campaign:
         """Take note of how a host ended."""
         found = host.problems()
         self.problems += found
-        self.round_problems[self.rounds] = self.round_problems.get(self.rounds, 0) + len(found)
+        self.badly_ended |= {host.log} if found else set()
 
     def next_round(self) -> Host:
         """Write the next release file and an evaluation set that no device has seen, and measure it."""
