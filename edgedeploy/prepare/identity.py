@@ -101,10 +101,10 @@ def _source_file(name: str) -> Path | None:
         return None
     search: list[str] | None = None
     spec = None
-    parts = name.split(".")
-    for position in range(len(parts)):
+    for part in name.split("."):
         try:
-            spec = importlib.machinery.PathFinder.find_spec(".".join(parts[: position + 1]), search)
+            # By its last name alone: a folder without __init__.py would look for the parents that a full name tells of.
+            spec = importlib.machinery.PathFinder.find_spec(part, search)
         except (ImportError, ValueError):
             return None
         if spec is None:

@@ -31,6 +31,15 @@ def test_identity_depends_on_the_factory(package):
     )
 
 
+def test_module_in_a_folder_without_init_counts(package):
+    (package / "mine_for_identity" / "plain" / "deeper").mkdir(parents=True)
+    (package / "mine_for_identity" / "plain" / "deeper" / "part.py").write_text("x = 1\n")
+    (package / "mine_for_identity" / "net.py").write_text("from .plain.deeper import part\n")
+    first = source_identity("mine_for_identity.net:make", package)
+    (package / "mine_for_identity" / "plain" / "deeper" / "part.py").write_text("x = 2\n")
+    assert source_identity("mine_for_identity.net:make", package) != first
+
+
 def test_missing_module_and_file_are_sentences(package):
     with pytest.raises(ModelError, match=r"there is no Python module 'mine_for_identity\.nett'"):
         source_identity("mine_for_identity.nett:make", package)
