@@ -1264,13 +1264,27 @@ class VerifiedLoader(importlib.machinery.SourceFileLoader):
         return compile(self.source, self.path, "exec", dont_inherit=True)
 
 
-def load_device_half(root, digest):
-    """Return the module of a session.py or builder.py, importing its runtime.
+def load_object(root, digest):
+    """Return the module of a device half that was sent here.
 
     Raises:
         Refusal: it is not here or not whole, or this interpreter does not have the runtime.
     """
-    loader = VerifiedLoader(object_path(root, digest), digest)
+    path = object_path(root, digest)
+    return load_device_half(path, VerifiedLoader(path, digest))
+
+
+def load_device_half(path, loader=None):
+    """Return the module of a session.py or builder.py, importing its runtime.
+
+    Args:
+        path: of the file.
+        loader: what reads it, where that is not to be left to Python.
+
+    Raises:
+        Refusal: this interpreter does not have the runtime.
+    """
+    loader = loader or importlib.machinery.SourceFileLoader("edgedeploy_device_half", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module
     sys.dont_write_bytecode = True  # the file's name is its digest; no cache may appear beside it
@@ -1308,7 +1322,7 @@ class VisitChild:
         self.inputs = TensorFile(inputs)
         first_batch = self.inputs.rows(0, self.batch)
         started_s = time.perf_counter()
-        session_class = load_device_half(self.root, job["session"]).Session
+        session_class = load_object(self.root, job["session"]).Session
         imported_s = time.perf_counter()
         self.import_rss_bytes = read_kib("/", "proc/self/status", "VmHWM")
         try:
@@ -1451,7 +1465,7 @@ class VisitChild:
 
     def probe(self, builder):
         """Ask a builder what is here."""
-        return {"found": load_device_half(self.root, builder).probe()}
+        return {"found": load_object(self.root, builder).probe()}
 
     def try_runtime(self, name, module):
         """Import a module from an installed runtime; what was compiled for it is kept, so that visits start faster."""
@@ -1475,7 +1489,7 @@ class VisitChild:
         be called from any thread.
         """
         use_runtime(self.root, job.get("runtime"))
-        builder = load_device_half(self.root, job["builder"])
+        builder = load_object(self.root, job["builder"])
         files = {name: object_path(self.root, digest) for name, digest in job["files"].items()}
         folder = os.path.join(self.root, "building", str(os.getpid()))
         os.makedirs(folder)

@@ -167,14 +167,14 @@ def compile_(command, source, *more):
 )
 def test_a_module_that_is_no_graph_is_refused_with_what_to_change(command, factory, complaint):
     code, out, talk = compile_(command, f"{__name__}:{factory}", *FEATURES)
-    assert code == 3
+    assert code == 3, talk
     assert complaint in talk
     assert not out
 
 
 def test_answers_that_are_never_a_number_are_refused(command):
     code, _, talk = compile_(command, f"{__name__}:never_a_number", *FEATURES)
-    assert code == 3
+    assert code == 3, talk
     assert "nothing but NaN or infinity" in talk
 
 
@@ -213,7 +213,7 @@ def _with_nan(folder):
 def test_nan_among_the_weights_of_an_onnx_file_is_named(command, folder):
     path, name = _with_nan(folder)
     code, _, talk = compile_(command, path)
-    assert code == 3
+    assert code == 3, talk
     assert f"holds NaN in '{name}' (1 of " in talk
 
 
@@ -222,7 +222,7 @@ def test_nan_in_a_weights_file_names_the_file(command, folder):
     state["first.weight"][3, 4] = float("nan")
     torch.save(state, folder / "nan.pt")
     code, _, talk = compile_(command, f"{__name__}:layer", *FEATURES, "--weights", folder / "nan.pt")
-    assert code == 3
+    assert code == 3, talk
     assert "nan.pt holds NaN in 'first.weight' (1 of 192 values)" in talk
 
 
@@ -270,7 +270,7 @@ def test_weights_that_are_no_tensors_are_refused_without_torchs_advice_to_run_th
     else:
         path.write_bytes(content)
     code, _, talk = compile_(command, f"{__name__}:layer", *FEATURES, "--weights", path)
-    assert code == 3
+    assert code == 3, talk
     assert complaint in talk.replace(f"({__name__}.Layer)", "(tests.backends.test_bad_input.Layer)")
     assert "Re-running" not in talk
 
@@ -379,7 +379,7 @@ def test_a_disk_that_takes_nothing_keeps_what_was_there(command, folder, monkeyp
 
     monkeypatch.setattr(shutil, "copyfile", refuse)
     code, _, talk = compile_(command, "good.onnx")
-    assert code == 3
+    assert code == 3, talk
     assert advice in talk
     assert str(folder / "cache") not in talk
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
@@ -423,7 +423,7 @@ def test_a_package_that_is_missing_is_no_bug_of_ours(command, folder, monkeypatc
     (folder / "good.safetensors").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     code, _, talk = compile_(command, f"{__name__}:layer", *FEATURES, "--weights", folder / "good.safetensors")
-    assert code == 3
+    assert code == 3, talk
     assert "the package safetensors is not installed here; pip install" in talk
 
 
