@@ -55,10 +55,13 @@ check: $(VENV)/.dev
 test: check
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# LAB=all: the long tests too, half an hour in all.
+LAB ?= require
+
 # Root, because the devices' file systems have owners and are mounted. What the machine lacks is installed by apt.
 test-lab: $(VENV)/.dev
 	$(BIN)/python -m tests.testbed build
-	EDGEDEPLOY_TEST_LAB=require $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/lab
+	EDGEDEPLOY_TEST_LAB=$(LAB) $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/lab
 
 # Random faults strike a small lab while a matrix is measured on it; at the end nothing may be lost or done twice.
 SOAK_MINUTES ?= 30

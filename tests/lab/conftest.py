@@ -2,6 +2,7 @@
 
 They need root and packages of Debian; the first use builds them (2 minutes), later ones start in a second. Where they
 cannot be had, tests are skipped and say why; with EDGEDEPLOY_TEST_LAB=require, as continuous integration has it, they fail.
+EDGEDEPLOY_TEST_LAB=all runs the long ones too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.testbed.plain import Plain
 from tests.testbed.vm import Vm
 
 HERE = Path(__file__).parent
+WANTED = os.environ.get("EDGEDEPLOY_TEST_LAB", "")
 Kind = TypeVar("Kind", bound=Board)
 
 
@@ -30,6 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.lab)
             # A first use builds everything, and an emulated Python needs seconds to start.
             item.add_marker(pytest.mark.timeout(600))
+            if "long" in item.keywords and WANTED != "all":
+                item.add_marker(
+                    pytest.mark.skip(reason="takes minutes on an emulated processor; make test-lab LAB=all")
+                )
 
 
 def _started(make: Callable[[], Kind]) -> Kind:
@@ -41,7 +47,7 @@ def _started(make: Callable[[], Kind]) -> Kind:
         board = make()
         board.start()
     except TestbedError as error:
-        if os.environ.get("EDGEDEPLOY_TEST_LAB") == "require":
+        if WANTED in ("require", "all"):
             raise
         pytest.skip(f"{error} (to see all of it: python -m tests.testbed build)")
     return board

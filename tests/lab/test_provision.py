@@ -112,6 +112,7 @@ def test_from_nothing_to_a_number(
         print(f"\n  from nothing to a number: {', '.join(f'{what} {s:.1f} s' for what, s in SECONDS.items())}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runtime", ["onnxruntime", "ai-edge-litert", "tflite-runtime", "mnn"])
 def test_every_runtime_is_fetched_packed_and_imported_there(lab: Path, hybrid: Hybrid, runtime: str) -> None:
     done = boards.provision_device("bare", lab, [runtime], lambda text: None)

@@ -169,7 +169,7 @@ def bench(machine: Vm, tmp_path: Path) -> Bench:
     return Bench(machine, tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["power_cut", "reboot"])
+@pytest.mark.parametrize("fault", ["power_cut", pytest.param("reboot", marks=pytest.mark.long)])
 def test_power_cut_or_reboot_in_a_visit_is_told_and_the_device_is_free_as_soon_as_it_is_up(bench, fault):
     before = bench.vm.boot_id()
     told = bench.interrupted_by(getattr(bench.vm, fault))
@@ -179,7 +179,9 @@ def test_power_cut_or_reboot_in_a_visit_is_told_and_the_device_is_free_as_soon_a
     bench.is_well()
 
 
-@pytest.mark.parametrize(("fault", "remedy"), [("unplug", "plug"), ("freeze", "thaw")])
+@pytest.mark.parametrize(
+    ("fault", "remedy"), [("unplug", "plug"), pytest.param("freeze", "thaw", marks=pytest.mark.long)]
+)
 def test_cable_or_processor_that_stops_in_a_visit_is_told_by_its_silence(bench, fault, remedy):
     told = bench.interrupted_by(getattr(bench.vm, fault))
     getattr(bench.vm, remedy)()
@@ -188,6 +190,7 @@ def test_cable_or_processor_that_stops_in_a_visit_is_told_by_its_silence(bench, 
     bench.is_well()
 
 
+@pytest.mark.long
 def test_session_of_sshd_that_is_killed_in_a_visit_is_told_and_leaves_no_orphan(bench):
     told = bench.interrupted_by(lambda: bench.as_root("pkill -KILL -f '[s]shd: pi@notty'"))
     assert re.search("the connection was lost .*, during bursts in visit", told), told
@@ -205,6 +208,7 @@ def test_visit_that_eats_all_memory_is_killed_and_the_next_one_in_the_same_sessi
     assert "Killed process" in bench.as_root("dmesg")
 
 
+@pytest.mark.long
 def test_visit_that_outgrows_its_control_group_is_killed_and_the_device_goes_on(bench):
     bench.as_root(
         "cd /sys/fs/cgroup && echo +memory > cgroup.subtree_control && mkdir small && echo 67108864 > small/memory.max"
@@ -220,6 +224,7 @@ def test_visit_that_outgrows_its_control_group_is_killed_and_the_device_goes_on(
         measured_on(agent, bench.side())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "says"), [("size=1m", r"full|free|room|space"), ("ro", r"read-only")], ids=["full", "read-only"]
 )
@@ -235,6 +240,7 @@ def test_disk_that_takes_nothing_is_told_with_what_to_do(bench, options, says):
     bench.is_well()  # in its usual place
 
 
+@pytest.mark.long
 def test_clock_that_is_wrong_is_told_and_its_jump_in_a_visit_changes_no_number(bench):
     bench.as_root("date -s '2001-01-01 00:00:00'")
     device = bench.vm.device(timeout_s=START_S)
@@ -257,6 +263,7 @@ def test_clock_that_is_wrong_is_told_and_its_jump_in_a_visit_changes_no_number(b
         measured_on(agent, bench.side())  # the lease has outlived thirty years
 
 
+@pytest.mark.long
 def test_bad_link_is_slow_and_nothing_is_lost(bench):
     bench.as_root("/sbin/tc qdisc replace dev eth0 root netem delay 100ms 20ms loss 3%")
     assert "netem" in bench.as_root("/sbin/tc qdisc show dev eth0")
@@ -324,6 +331,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_run_whose_host_is_killed_and_whose_device_loses_power_goes_on_and_measures_nothing_twice(bench, release):
     entry = bench.vm.entry(timeout_s=START_S, connect_timeout_s=20.0)
     (release / "lab.toml").write_text('format = "edgedeploy.lab/1"\n' + entry)
