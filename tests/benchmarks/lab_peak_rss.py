@@ -69,6 +69,7 @@ def measured(folder: Path, prefixes: dict[str, str]) -> dict[str, dict[str, obje
                     "peak_rss_mib": [visit.peak_rss_bytes / 2**20 for visit in run.memory],
                     "of_it_import_mib": [visit.import_rss_bytes / 2**20 for visit in run.memory],
                 }
+                lab_boards.tell(f"{backend} {precision}: {json.dumps(figures[backend][precision])}")
     return figures
 
 
