@@ -52,8 +52,12 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# What waits for servers, links and browsers more than it computes; everything else fills the cores.
+WAITING := $(wildcard tests/ssh tests/store tests/browser)
+
 test: check
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(WAITING:%=--ignore=%)
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(WAITING)
 
 # LAB=all: the long tests too, half an hour in all.
 LAB ?= require

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -21,6 +22,11 @@ os.environ.setdefault("EDGEDEPLOY_TOOLS_DIR", str(cache_dir() / "tools"))
 _OWN = tempfile.mkdtemp(prefix="edgedeploy-tests-")
 os.environ["EDGEDEPLOY_LEASE_DIR"] = f"{_OWN}/lease"
 os.environ["EDGEDEPLOY_STATE_DIR"] = f"{_OWN}/state"
+
+
+# A shell's background job ignores Ctrl-C, and what it starts inherits that; tests interrupt what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):
