@@ -39,7 +39,11 @@ def read_release(path: Path) -> tuple[Release, Policy]:
                 raise DocumentError(f"{line_of(path, 'gate', 'margins', metric)}: {error}") from error
     gate = release.gate
     return release, Policy(
-        margins=margins, error_rate=gate.error_rate, min_blocks=gate.min_blocks, max_blocks=gate.max_blocks
+        margins=margins,
+        error_rate=gate.error_rate,
+        min_blocks=gate.min_blocks,
+        max_blocks=gate.max_blocks,
+        allow_stored_pass=gate.allow_stored_pass,
     )
 
 
@@ -136,20 +140,31 @@ def model_name(source: str) -> str:
 
 
 def margins_from_texts(texts: Sequence[str]) -> dict[Metric, Margin]:
-    """Parse "metric=amount" texts; raises UsageError naming the likely intended metric."""
-    margins: dict[Metric, Margin] = {}
+    """Parse "metric=amount" texts; several of one metric are parts of one margin: a change and a limit.
+
+    Raises:
+        UsageError: naming the likely intended metric, or what is wrong with the amount.
+
+    >>> margins_from_texts(["latency_p50=+3%", "latency_p50<=5ms"])["latency_p50"].text
+    '+3%, <=5ms'
+    """
+    amounts: dict[Metric, list[str]] = {}
     known: tuple[Metric, ...] = typing.get_args(Metric)
     for text in texts:
-        name, equals, amount = text.partition("=")
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|≤|≥|=|<|>|)\s*(.*)", text, re.DOTALL)
+        name, sign, amount = match.groups() if match else (text, "", "")
         metric = next((one for one in known if one == name), None)
-        if metric is None or not equals:
+        if metric is None or not sign:
             raise UsageError(
                 f"--margin {text} is not metric=amount{closest(name, known)} (metrics: {', '.join(known)})"
             )
+        amounts.setdefault(metric, []).append(amount if sign == "=" else f"{sign}{amount}")
+    margins: dict[Metric, Margin] = {}
+    for metric, parts in amounts.items():
         try:
-            margins[metric] = margin_from_text(metric, amount)
+            margins[metric] = margin_from_text(metric, ", ".join(parts))
         except ValueError as error:
-            raise UsageError(f"--margin {text}: {error}") from error
+            raise UsageError(f"--margin {metric}={', '.join(parts)}: {error}") from error
     return margins
 
 

@@ -46,6 +46,27 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.write_bytes(data)
 
 
+def create_atomic(path: Path, data: bytes) -> bool:
+    """Write a file whole, unless there is one already; say whether it was written, also while others try the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as cleanup:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        cleanup.callback(part.unlink, missing_ok=True)
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: two writers may then meet between these lines
+            if path.exists():
+                return False
+            part.replace(path)
+    return True
+
+
 def _user_directory(variable: str, xdg: str, fallback: str) -> Path:
     chosen = os.environ.get(variable) if variable else None
     if chosen:

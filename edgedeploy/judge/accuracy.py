@@ -8,12 +8,16 @@ from collections.abc import Sequence
 
 from edgedeploy.judge.estimate import POWER, Estimate, estimate_of_mean, units_to_decide
 from edgedeploy.judge.family import ErrorRate
-from edgedeploy.judge.proportions import exact_mcnemar, highest_drop, p_not_worse
+from edgedeploy.judge.limit import conclusion as limit_conclusion
+from edgedeploy.judge.limit import judge_mean, refused, share_of_part, with_limit, without_limit
+from edgedeploy.judge.proportions import exact_mcnemar, highest_drop, p_at_least, p_at_most, p_not_worse, share_bounds
 from edgedeploy.records.run import Outputs
-from edgedeploy.records.verdict import Decision, Finding, Margin
+from edgedeploy.records.verdict import Decision, Finding, LimitFinding, Margin, Metric
 from edgedeploy.units import format_change, format_points
 
-_LARGER_IS_BETTER = ("top1", "top5")
+# What is right or wrong sample by sample; larger is better.
+RATES = ("top1", "top5")
+_MORE_SAMPLES = "give an evaluation set with more samples"
 
 
 def judge_accuracy(
@@ -23,7 +27,8 @@ def judge_accuracy(
 
     Right-or-wrong scores (top1, top5): an exact unconditional test of the paired drop against the margin, and the
     interval that inverts it (`proportions`); exact McNemar is reported beside it. Errors (mae): a paired t-test; a
-    relative margin is tested as mean(candidate - (1 + margin) · baseline), its interval is Fieller's.
+    relative margin is tested as mean(candidate - (1 + margin) · baseline), its interval is Fieller's. A limit on the
+    candidate itself: the exact binomial test, or a t-test, of its own scores.
 
     Args:
         baseline: answers of the artifact that the candidate is compared with.
@@ -31,13 +36,85 @@ def judge_accuracy(
         margin: the allowed worsening; None reports without judging.
         error_rate: of this metric.
     """
+    share = share_of_part(margin, error_rate)
+    change = _judge_change(baseline, candidate, without_limit(margin), share)
+    if margin is None or margin.limit is None:
+        return change
+    return with_limit(change, _judge_own_value(candidate, margin, share), margin)
+
+
+def _judge_change(
+    baseline: Outputs | None, candidate: Outputs | None, margin: Margin | None, error_rate: ErrorRate
+) -> Finding:
     refusal = _why_not_comparable(baseline, candidate, margin)
     if refusal is not None:
-        return _refused(baseline, candidate, margin, *refusal)
+        return refused_accuracy("accuracy", baseline, candidate, margin, *refusal)
     assert baseline is not None and candidate is not None and baseline.scores and candidate.scores
-    if candidate.metric in _LARGER_IS_BETTER:
+    if candidate.metric in RATES:
         return _judge_right_or_wrong(baseline.scores, candidate.scores, margin, error_rate)
     return _judge_errors(baseline.scores, candidate.scores, margin, error_rate)
+
+
+def _judge_own_value(candidate: Outputs | None, margin: Margin, error_rate: ErrorRate) -> LimitFinding:
+    """Judge what the candidate alone must keep to."""
+    assert margin.limit is not None, "only a limit is judged"
+    value = candidate.value if candidate else None
+    refusal = why_no_scores("candidate", candidate)
+    if refusal is None and candidate is not None and (candidate.metric in RATES) != margin.is_floor:
+        example = '">= 92%"' if candidate.metric in RATES else '"<= 0.05"'
+        refusal = f"the limit {margin.text} does not fit the metric {candidate.metric}", f"write it as {example}"
+    if refusal is not None:
+        return refused(margin, *refusal, value=value)
+    assert candidate is not None and candidate.scores
+    if not margin.is_floor:
+        if len(candidate.scores) < 2:
+            return refused(margin, "one sample says nothing about accuracy", _MORE_SAMPLES, value=value, units=1)
+        return judge_mean(
+            candidate.scores,
+            margin.limit,
+            error_rate,
+            shown=float,
+            noun=candidate.metric,
+            told="{:.4g}".format,
+            counted=f"{len(candidate.scores):,} samples",
+            needed=lambda estimate: _needed_of_mean(estimate, margin.limit or 0.0, error_rate),
+        )
+    return _judge_share(candidate.metric, candidate.scores, margin.limit, error_rate)
+
+
+def _judge_share(metric: str, scores: Sequence[float], limit: float, error_rate: ErrorRate) -> LimitFinding:
+    """Judge the share of right answers against the least that it must be, by the exact binomial test."""
+    samples, right = len(scores), round(sum(scores))
+    p_fail, p_pass = p_at_least(right, samples, limit), p_at_most(right, samples, limit)
+    decision = error_rate.decide(p_fail, p_pass)
+    # Of a share the upper bound speaks for FAIL.
+    low, high = share_bounds(right, samples, error_rate.wrong_pass, error_rate.wrong_fail)
+    said = limit_conclusion(
+        decision, f"{metric} of {right / samples * 100:.4g} %", f"{limit * 100:.4g} %", is_floor=True
+    )
+    needed = ""
+    if decision == "INCONCLUSIVE":
+        share = min(max(right / samples, 0.5 / samples), 1 - 0.5 / samples)
+        needed = needed_samples(math.sqrt(share * (1 - share)), right / samples - limit, samples, error_rate)
+    return LimitFinding(
+        decision=decision,
+        limit=limit,
+        is_floor=True,
+        value=right / samples,
+        low=low,
+        high=high,
+        p_fail=p_fail,
+        p_pass=p_pass,
+        units=samples,
+        reason=f"{said}; {right:,} of {samples:,} samples are right",
+        needed=needed,
+    )
+
+
+def _needed_of_mean(estimate: Estimate, limit: float, error_rate: ErrorRate) -> str:
+    samples = round(estimate.degrees) + 1
+    spread = estimate.standard_error * math.sqrt(samples)
+    return needed_samples(spread, limit - estimate.effect, samples, error_rate)
 
 
 def smallest_detectable_drop(discordant: int, samples: int, error_rate: float) -> float:
@@ -56,25 +133,39 @@ def _why_not_comparable(
     baseline: Outputs | None, candidate: Outputs | None, margin: Margin | None
 ) -> tuple[str, str] | None:
     """Return (why there is no judgement, what would give one), or None."""
-    for side, outputs in (("baseline", baseline), ("candidate", candidate)):
-        if outputs is None:
-            return f"the {side} was not run on an evaluation set", "measure both artifacts with an evaluation set"
-        if not outputs.scores:
-            return (
-                f"the {side}'s outputs on {outputs.dataset} have no scores, because the data set has no labels",
-                "give an evaluation set with labels",
-            )
-        broken = next((place for place, score in enumerate(outputs.scores) if not math.isfinite(score)), None)
-        if broken is not None:
-            return (
-                f"the {side}'s score of sample {broken} is {outputs.scores[broken]}, which is not a number to judge",
-                "look at the artifact's outputs for that sample, then measure again",
-            )
-        if outputs.metric in _LARGER_IS_BETTER and any(score not in (0.0, 1.0) for score in outputs.scores):
-            return (
-                f"the {side}'s {outputs.metric} scores are not all 0 or 1",
-                "measure again: the run was not written by this edgedeploy or is damaged",
-            )
+    refusal = why_no_scores("baseline", baseline) or why_no_scores("candidate", candidate)
+    refusal = refusal or why_not_paired(baseline, candidate)
+    if refusal is not None:
+        return refusal
+    assert baseline is not None and baseline.scores
+    return _why_margin_does_not_fit(baseline.metric, statistics.fmean(baseline.scores), margin)
+
+
+def why_no_scores(side: str, outputs: Outputs | None) -> tuple[str, str] | None:
+    """Return why one side has no scores to judge and what would give some, or None."""
+    if outputs is None:
+        return f"the {side} was not run on an evaluation set", "measure both artifacts with an evaluation set"
+    if not outputs.scores:
+        return (
+            f"the {side}'s outputs on {outputs.dataset} have no scores, because the data set has no labels",
+            "give an evaluation set with labels",
+        )
+    broken = next((place for place, score in enumerate(outputs.scores) if not math.isfinite(score)), None)
+    if broken is not None:
+        return (
+            f"the {side}'s score of sample {broken} is {outputs.scores[broken]}, which is not a number to judge",
+            "look at the artifact's outputs for that sample, then measure again",
+        )
+    if outputs.metric in RATES and any(score not in (0.0, 1.0) for score in outputs.scores):
+        return (
+            f"the {side}'s {outputs.metric} scores are not all 0 or 1",
+            "measure again: the run was not written by this edgedeploy or is damaged",
+        )
+    return None
+
+
+def why_not_paired(baseline: Outputs | None, candidate: Outputs | None) -> tuple[str, str] | None:
+    """Return why the scores of two sides do not belong to the same samples and what to do, or None."""
     assert baseline is not None and candidate is not None and baseline.scores and candidate.scores
     if baseline.dataset_sha256 != candidate.dataset_sha256 or len(baseline.scores) != len(candidate.scores):
         return (
@@ -88,27 +179,34 @@ def _why_not_comparable(
             "measure both artifacts with one metric",
         )
     if len(baseline.scores) < 2:
-        return "one sample says nothing about accuracy", "give an evaluation set with more samples"
-    return _why_margin_does_not_fit(baseline.metric, statistics.fmean(baseline.scores), margin)
+        return "one sample says nothing about accuracy", _MORE_SAMPLES
+    return None
 
 
 def _why_margin_does_not_fit(metric: str, baseline_value: float, margin: Margin | None) -> tuple[str, str] | None:
     if margin is None:
         return None
-    if (metric in _LARGER_IS_BETTER) != (margin.kind == "points"):
-        example = '"-0.5pt"' if metric in _LARGER_IS_BETTER else '"+5%" or "+0.01"'
+    if (metric in RATES) != (margin.kind == "points"):
+        example = '"-0.5pt"' if metric in RATES else '"+5%" or "+0.01"'
         return f"the margin {margin.text} does not fit the metric {metric}", f"write the margin as {example}"
     if margin.kind == "relative" and baseline_value <= 0:
         return "the baseline's error is zero, so no relative change exists", 'give an absolute margin such as "+0.01"'
     return None
 
 
-def _refused(
-    baseline: Outputs | None, candidate: Outputs | None, margin: Margin | None, reason: str, needed: str
+def refused_accuracy(
+    metric: Metric,
+    baseline: Outputs | None,
+    candidate: Outputs | None,
+    margin: Margin | None,
+    reason: str,
+    needed: str,
 ) -> Finding:
-    values = [outputs.value if outputs else None for outputs in (baseline, candidate)]
+    """Return the finding on an accuracy that cannot be judged; nothing was shown, so with a margin it is no PASS."""
+    values = [outputs.value if outputs and outputs.value is not None and math.isfinite(outputs.value) else None
+              for outputs in (baseline, candidate)]  # fmt: skip
     return Finding(
-        metric="accuracy",
+        metric=metric,
         decision="INCONCLUSIVE" if margin else "PASS",
         baseline_value=values[0],
         candidate_value=values[1],
@@ -145,7 +243,7 @@ def _judge_right_or_wrong(
     decision = error_rate.decide(p_fail, p_pass)
     reason = f"{_conclusion(decision, format_points(-drop), margin)}; {counts}"
     spread = math.sqrt(max(lost + gained, 3) / samples - drop * drop)
-    needed = "" if decision != "INCONCLUSIVE" else _needed_samples(spread, margin.value - drop, samples, error_rate)
+    needed = "" if decision != "INCONCLUSIVE" else needed_samples(spread, margin.value - drop, samples, error_rate)
     return _finding(
         decision,
         values,
@@ -195,7 +293,7 @@ def _judge_errors(
         reason += f", so the margin of {margin.text} is finer than they can show reliably"
     spread = estimate.standard_error * math.sqrt(samples)
     distance = tested - estimate.effect
-    needed = "" if decision != "INCONCLUSIVE" else _needed_samples(spread, distance, samples, error_rate)
+    needed = "" if decision != "INCONCLUSIVE" else needed_samples(spread, distance, samples, error_rate)
     return _finding(
         decision,
         values,
@@ -244,8 +342,14 @@ def _conclusion(decision: Decision, change: str, margin: Margin) -> str:
     return f"a change of {change} is on neither side of the margin of {margin.text} beyond doubt"
 
 
-def _needed_samples(spread: float, distance: float, samples: int, error_rate: ErrorRate) -> str:
-    """Say how many samples would decide if the change seen is the true one."""
+def needed_samples(spread: float, distance: float, samples: int, error_rate: ErrorRate) -> str:
+    """Say how many samples would decide, if the change seen is the true one.
+
+    Args:
+        spread: standard deviation of one sample.
+        distance: from what was seen to the margin: positive where PASS is the nearer decision.
+        samples: that there are; error_rate: of the metric.
+    """
     rate = error_rate.wrong_pass if distance > 0 else error_rate.wrong_fail
     enough = units_to_decide(spread, abs(distance), rate)
     if enough is None or enough > 10**8:

@@ -92,7 +92,7 @@ def _latency_change(finding: Finding | None) -> tuple[float | None, float | None
     """Return the relative change with its interval; without one where the margin is in seconds."""
     if finding is None or finding.effect is None:
         return None, None, None
-    if finding.margin is None or finding.margin.kind == "relative":
+    if finding.margin is None or finding.margin.kind in ("relative", "limit"):
         return finding.effect, finding.low, finding.high
     if not finding.baseline_value or finding.candidate_value is None:
         return None, None, None

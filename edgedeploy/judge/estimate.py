@@ -49,7 +49,8 @@ def estimate_of_mean(effects: Sequence[float]) -> Estimate:
 def estimate_of_difference(baseline: Sequence[float], candidate: Sequence[float]) -> Estimate:
     """Return candidate minus baseline for two independent samples of at least two values each.
 
-    Source: Welch 1947, Biometrika 34:28; agrees with scipy.stats.ttest_ind(equal_var=False).
+    Source: Welch 1947, Biometrika 34:28; agrees with scipy.stats.ttest_ind(equal_var=False), whose package takes a
+    second to import.
     """
     shares = [statistics.variance(side) / len(side) for side in (baseline, candidate)]
     effect = statistics.fmean(candidate) - statistics.fmean(baseline)

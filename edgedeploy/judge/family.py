@@ -49,6 +49,35 @@ class ErrorRate:
         return "PASS" if p_pass <= self.wrong_pass else "INCONCLUSIVE"
 
 
+def combine(decisions: Iterable[Decision]) -> Decision:
+    """Return the worst decision; of none, INCONCLUSIVE: nothing was shown.
+
+    >>> combine(["PASS", "INCONCLUSIVE"]), combine(["INCONCLUSIVE", "FAIL"]), combine([])
+    ('INCONCLUSIVE', 'FAIL', 'INCONCLUSIVE')
+    """
+    found = set(decisions)
+    if "FAIL" in found:
+        return "FAIL"
+    return "PASS" if found == {"PASS"} else "INCONCLUSIVE"
+
+
+def holm(p_values: Sequence[float], error_rate: float) -> list[bool]:
+    """Return which hypotheses Holm's step-down rejects, in the order given.
+
+    Ours because scipy has none (its `false_discovery_control` is Benjamini & Hochberg, which controls another rate) and
+    statsmodels would be a dependency for these lines. Tests compare it with the closed test that it is a short cut of.
+
+    >>> holm([0.04, 0.001, 0.03], 0.05)
+    [False, True, False]
+    """
+    rejected = [False] * len(p_values)
+    for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[number] > error_rate / (len(p_values) - place):
+            break
+        rejected[number] = True
+    return rejected
+
+
 Judge = Callable[[ErrorRate], Finding]
 # Judges a cell at its error rate; what was decided at a lower one is handed in and stays.
 CellJudge = Callable[[ErrorRate, Mapping[Metric, Finding]], dict[Metric, Finding]]

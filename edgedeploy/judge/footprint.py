@@ -6,10 +6,11 @@ import math
 import statistics
 
 from edgedeploy.judge.boundaries import differing_field
-from edgedeploy.judge.estimate import estimate_of_difference, units_to_decide
+from edgedeploy.judge.estimate import Estimate, estimate_of_difference, units_to_decide
 from edgedeploy.judge.family import ErrorRate
+from edgedeploy.judge.limit import judge_mean, refused, share_of_part, with_limit, without_limit
 from edgedeploy.records.run import Run
-from edgedeploy.records.verdict import Decision, Finding, Margin
+from edgedeploy.records.verdict import Decision, Finding, LimitFinding, Margin
 from edgedeploy.units import format_bytes, format_change
 
 # Two visits give one degree of freedom and an interval of no use; three show whether a peak repeats.
@@ -22,8 +23,41 @@ def judge_peak_memory(baseline: Run, candidate: Run, margin: Margin | None, *, e
     """Judge the kernel's high-water marks by Welch's t-test over memory visits (of their logarithms, where relative).
 
     The visits of the two sides are not paired: each is a fresh process of its own, and memory does not drift as speed
-    does. Identical visits leave no doubt, so their difference is compared with the margin as it is.
+    does. Identical visits leave no doubt, so their difference is compared with the margin as it is. A limit on the
+    candidate itself: a t-test over the logarithms of its own visits.
     """
+    share = share_of_part(margin, error_rate)
+    change = _judge_peak_change(baseline, candidate, without_limit(margin), error_rate=share)
+    if margin is None or margin.limit is None:
+        return change
+    return with_limit(change, _judge_own_peak(candidate, margin, share), margin)
+
+
+def _judge_own_peak(candidate: Run, margin: Margin, error_rate: ErrorRate) -> LimitFinding:
+    """Judge how much the candidate alone may take."""
+    assert margin.limit is not None, "only a limit is judged"
+    peaks = [float(visit.peak_rss_bytes) for visit in candidate.memory]
+    refusal = _why_no_peaks(peaks)
+    if refusal is not None:
+        return refused(margin, *refusal, value=statistics.median(peaks) if peaks else None, units=len(peaks))
+    limit = math.log(margin.limit)
+
+    def needed(estimate: Estimate) -> str:
+        return _needed_visits(estimate.standard_error, abs(limit - estimate.effect), [peaks], error_rate)
+
+    return judge_mean(
+        [math.log(peak) for peak in peaks],
+        limit,
+        error_rate,
+        shown=lambda logarithm: math.exp(min(logarithm, 700.0)),
+        noun="peak memory",
+        told=format_bytes,
+        counted=f"{len(peaks)} memory visits of the candidate{_spread([peaks])}",
+        needed=needed,
+    )
+
+
+def _judge_peak_change(baseline: Run, candidate: Run, margin: Margin | None, *, error_rate: ErrorRate) -> Finding:
     sides = [[float(visit.peak_rss_bytes) for visit in run.memory] for run in (baseline, candidate)]
     medians = [statistics.median(peaks) if peaks else None for peaks in sides]
     refusal = _why_no_peak(baseline, candidate)
@@ -76,6 +110,28 @@ def judge_peak_memory(baseline: Run, candidate: Run, margin: Margin | None, *, e
 
 def judge_artifact_size(baseline: Run, candidate: Run, margin: Margin | None) -> Finding:
     """Compare the artifacts' sizes with the margin; a size has no error, so no interval and no p-value."""
+    change = _judge_size_change(baseline, candidate, without_limit(margin))
+    if margin is None or margin.limit is None:
+        return change
+    return with_limit(change, _judge_own_size(candidate, margin, margin.limit), margin)
+
+
+def _judge_own_size(candidate: Run, margin: Margin, limit: float) -> LimitFinding:
+    size = candidate.artifact.size_bytes
+    if size <= 0:
+        return refused(margin, f"an artifact of {size} bytes cannot be: the run is damaged", "measure it again")
+    decision: Decision = "PASS" if size <= limit + 1e-6 else "FAIL"
+    how = "keeps" if decision == "PASS" else "exceeds"
+    return LimitFinding(
+        decision=decision,
+        limit=limit,
+        value=float(size),
+        units=1,
+        reason=f"the candidate's size of {format_bytes(size)} {how} the limit of {format_bytes(limit)}",
+    )
+
+
+def _judge_size_change(baseline: Run, candidate: Run, margin: Margin | None) -> Finding:
     before, after = baseline.artifact.size_bytes, candidate.artifact.size_bytes
     is_relative = margin is None or margin.kind == "relative"
     effect = None
@@ -110,6 +166,18 @@ def compared(decision: Decision, noun: str, effect: float, margin: Margin) -> st
     if decision == "INCONCLUSIVE":
         return f"{noun} changed by {change}, on neither side of the margin of {margin.text} beyond doubt"
     return f"{noun} changed by {change}, {'within' if decision == 'PASS' else 'beyond'} the margin of {margin.text}"
+
+
+def _why_no_peaks(peaks: list[float]) -> tuple[str, str] | None:
+    """Return (why the candidate's own peak is not judged, what would give a judgement), or None."""
+    if len(peaks) < MIN_MEMORY_VISITS:
+        return (
+            f"{len(peaks)} memory visits of the candidate are too few to judge",
+            f"at least {MIN_MEMORY_VISITS} memory visits of each artifact",
+        )
+    if any(peak <= 0 for peak in peaks):
+        return "a memory visit says that its process took no memory at all", "measure both artifacts again"
+    return None
 
 
 def _why_no_peak(baseline: Run, candidate: Run) -> tuple[str, str] | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from edgedeploy.records.run import Visit
+from edgedeploy.records.verdict import Metric
 
 # Percentile → fewest samples with a distribution-free 95 % upper bound: the least n with percentile ** n < 0.05.
 SUPPORT = {0.95: 59, 0.99: 299, 0.999: 2995}
+# Which percentile a metric is.
+PERCENTILES: dict[Metric, float] = {"latency_p95": 0.95, "latency_p99": 0.99}
 
 
 def samples_of(visit: Visit) -> tuple[float, ...]:
@@ -29,3 +32,12 @@ def supported_percentile(samples_s: Sequence[float], fraction: float) -> float |
     if len(samples_s) < SUPPORT[fraction]:
         return None
     return sorted(samples_s)[math.ceil(fraction * len(samples_s)) - 1]
+
+
+def samples_for(metrics: Iterable[Metric]) -> int:
+    """Return how many samples a visit needs for every percentile among some metrics; never fewer than for a 95th.
+
+    >>> samples_for(["latency_p50"]), samples_for(["latency_p99", "accuracy"])
+    (59, 299)
+    """
+    return max([SUPPORT[0.95], *(SUPPORT[PERCENTILES[metric]] for metric in metrics if metric in PERCENTILES)])

@@ -24,21 +24,26 @@ _GRID = 41
 _NEGLIGIBLE = 1e-12
 
 
-@functools.lru_cache(maxsize=4096)
-def p_not_worse(lost: int, gained: int, samples: int, drop: float) -> float:
+@functools.lru_cache(maxsize=65536)
+def p_not_worse(lost: int, gained: int, samples: int, drop: float, outside: float = _OUTSIDE) -> float:
     """Return the p-value against "the true drop is at least `drop`"; small when it is shown to be smaller.
 
     The test for the other direction is the same with the sides exchanged: `p_not_worse(gained, lost, samples, -drop)`
     is the p-value against "the true drop is at most `drop`".
+
+    Args:
+        lost, gained, samples: what was counted.
+        drop: a difference of fractions.
+        outside: added to the p-value; where many such tests share an error rate, less than the share of one.
     """
     import numpy as np
     from scipy.special import bdtr, betaincinv
 
-    lowest = float(betaincinv(gained, samples - gained + 1, _OUTSIDE / 2)) if gained else 0.0
-    highest = float(betaincinv(gained + 1, samples - gained, 1 - _OUTSIDE / 2)) if gained < samples else 1.0
+    lowest = float(betaincinv(gained, samples - gained + 1, outside / 2)) if gained else 0.0
+    highest = float(betaincinv(gained + 1, samples - gained, 1 - outside / 2)) if gained < samples else 1.0
     highest = min(highest, (1 - drop) / 2)  # P(gained) and P(lost) are at most 1 together
     if lowest > highest:
-        return _OUTSIDE
+        return outside
     p_gained = np.linspace(lowest, highest, _GRID)[:, None]
     # P(lost) at the edge of the hypothesis; a larger one makes a small statistic rarer.
     p_lost = np.maximum(p_gained + drop, 0.0)
@@ -51,7 +56,7 @@ def p_not_worse(lost: int, gained: int, samples: int, drop: float) -> float:
     p_lost_given = np.minimum(p_lost / np.maximum(1 - p_gained, _NEGLIGIBLE), 1.0)
     tail = np.where(losses >= 0, bdtr(np.maximum(losses, 0), left, p_lost_given), 0.0)
     chance = (_chance_of(gains, samples, p_gained) * tail).sum(axis=1).max()
-    return min(1.0, float(chance) + _OUTSIDE)
+    return min(1.0, float(chance) + outside)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -83,6 +88,35 @@ def exact_mcnemar(lost: int, gained: int) -> float:
     from scipy.special import bdtr
 
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5))) if lost + gained else 1.0
+
+
+def p_at_least(right: int, samples: int, share: float) -> float:
+    """Return the p-value against "the true share is at least `share`"; small when it is shown to be lower.
+
+    Exact binomial; agrees with scipy.stats.binomtest, whose package takes a second to import.
+    """
+    from scipy.special import bdtr
+
+    return float(bdtr(right, samples, share))
+
+
+def p_at_most(right: int, samples: int, share: float) -> float:
+    """Return the p-value against "the true share is at most `share`"; small when it is shown to be higher."""
+    from scipy.special import bdtrc
+
+    return float(bdtrc(right - 1, samples, share)) if right else 1.0
+
+
+def share_bounds(right: int, samples: int, low_rate: float, high_rate: float) -> tuple[float, float]:
+    """Return the bounds of a share that are wrong with these probabilities.
+
+    Source: Clopper & Pearson 1934, Biometrika 26:404.
+    """
+    from scipy.special import betaincinv
+
+    low = float(betaincinv(right, samples - right + 1, low_rate)) if right else 0.0
+    high = float(betaincinv(right + 1, samples - right, 1 - high_rate)) if right < samples else 1.0
+    return low, high
 
 
 def _chance_of(count: np.ndarray[Any, Any], samples: int, chance: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -11,6 +11,31 @@ if TYPE_CHECKING:
     import numpy as np
 
 METRICS = ("top1", "top5", "mae")
+# What is right or wrong, sample by sample, of a row of class scores.
+CLASSIFYING = ("top1", "top5")
+
+
+def predictions(metric: str, output: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
+    """Return the arg-max of each sample; None where the metric knows no classes, or the output has no row of scores.
+
+    >>> import numpy as np
+    >>> predictions("top1", np.array([[0.1, 0.9], [0.8, 0.2]]))
+    (1, 0)
+    """
+    import numpy as np
+
+    values = np.asarray(output)
+    if metric not in CLASSIFYING or not len(values) or values[0].size != values.shape[-1]:
+        return None
+    rows = values.reshape(len(values), -1)
+    if np.issubdtype(rows.dtype, np.floating) and not np.isfinite(rows).all():
+        return None
+    return tuple(int(best) for best in rows.argmax(axis=1))  # the first of equals, as in `score`
+
+
+def class_labels(metric: str, labels: np.ndarray[Any, Any] | None) -> tuple[int, ...] | None:
+    """Return the true class of each sample; None where the metric knows no classes."""
+    return None if labels is None or metric not in CLASSIFYING else tuple(int(label) for label in labels)
 
 
 def score(metric: str, output: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[float, ...]:

@@ -42,6 +42,7 @@ class Device(Record, frozen=True, kw_only=True):
         coordinator: "host:port" of the place's; empty: labgrid_coordinator of the lab file.
         lease_dir: where the device's users keep the lease that they share; empty: the runner's choice.
         settings: what it is set to while we hold it.
+        sentinel: whether a small model that never changes is visited at both ends of each session there.
         runtimes: back end → version of the provisioned runtime that is used; else the newest, or what its Python has.
         host: name, address or alias of ~/.ssh/config; for transport "ssh".
         key: a private key file; empty: the agent and the usual key files.
@@ -67,6 +68,7 @@ class Device(Record, frozen=True, kw_only=True):
     coordinator: str = ""
     lease_dir: str = ""
     settings: DeviceSettings = DeviceSettings()
+    sentinel: bool = True
     runtimes: dict[str, str] = {}
     description: str = ""
     timeout_s: float = 60.0

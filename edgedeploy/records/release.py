@@ -105,11 +105,15 @@ class CellEntry(Record, frozen=True, kw_only=True):
 
 
 class Margins(Record, frozen=True, kw_only=True):
-    """How much worse each metric may get, as people write it: "+5%", "+0.5ms", "-0.5pt", "+1MiB"."""
+    """How much worse each metric may get ("+5%", "+0.5ms", "-0.5pt", "+1MiB"), and what it must keep to ("<= 5ms")."""
 
     accuracy: str = ""
+    class_accuracy: str = ""
     latency_p50: str = ""
     latency_p95: str = ""
+    latency_p99: str = ""
+    first_inference: str = ""
+    load_time: str = ""
     peak_memory: str = ""
     artifact_size: str = ""
 
@@ -121,6 +125,7 @@ class GateEntry(Record, frozen=True, kw_only=True):
         baseline: the cell that candidates are compared with.
         error_rate: chance of a wrong PASS or FAIL in the whole gate.
         max_blocks: A/B blocks after which an undecided latency is INCONCLUSIVE.
+        allow_stored_pass: a latency may pass against one of another session, by the known noise of the device.
     """
 
     baseline: str
@@ -128,6 +133,7 @@ class GateEntry(Record, frozen=True, kw_only=True):
     error_rate: float = 0.05
     min_blocks: int = 4
     max_blocks: int = 16
+    allow_stored_pass: bool = False
 
 
 class Release(Record, frozen=True, kw_only=True):

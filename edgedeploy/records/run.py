@@ -145,7 +145,9 @@ class Outputs(Record, frozen=True, kw_only=True):
         metric: "top1", "top5" (scores are 0 or 1) or "mae" (scores are errors, smaller is better).
         scores: one per sample, in the data set's order; None without labels.
         value: the mean of `scores`.
-        first_bytes_repeat: whether a second pass over the first samples gave the same bytes.
+        is_repeatable: whether a second pass over the first samples gave the same bytes.
+        labels: the true class of each sample, for top1 and top5; None without labels.
+        predictions: the arg-max of each sample, likewise; None where the judged output has no row of class scores.
     """
 
     dataset: str
@@ -156,6 +158,8 @@ class Outputs(Record, frozen=True, kw_only=True):
     scores: tuple[float, ...] | None
     value: float | None
     is_repeatable: bool | None = None
+    labels: tuple[int, ...] | None = None
+    predictions: tuple[int, ...] | None = None
 
 
 class ArtifactReference(Record, frozen=True, kw_only=True):
@@ -186,6 +190,9 @@ class Run(Record, frozen=True, kw_only=True):
         events: what happened that a reader should know (a dropped pair, a child that died), in order.
         settings_applied: what the device was set to meanwhile, "governor" → "performance".
         settings_refused: what it could not be set to → why.
+        sentinel: visits of a small model that never changes, on the same runtime in the same session: block -1 before
+            the first block, the number of blocks done after the last; empty where there is none.
+        sentinel_sha256: of that model as it was compiled.
     """
 
     format: str = FORMAT
@@ -207,6 +214,8 @@ class Run(Record, frozen=True, kw_only=True):
     events: tuple[str, ...] = ()
     settings_applied: dict[str, str] = {}
     settings_refused: dict[str, str] = {}
+    sentinel: tuple[Visit, ...] = ()
+    sentinel_sha256: str = ""
     edgedeploy: str
     runner_sha256: str
 

@@ -116,4 +116,29 @@ class BlockEnded(Record, frozen=True, kw_only=True, tag_field="step", tag="block
     is_lost: bool = False
 
 
-Step = Begun | Continued | Shipped | GoldenAnswered | OutputsComputed | MemoryMeasured | OperatorsTimed | BlockEnded
+class SentinelVisited(Record, frozen=True, kw_only=True, tag_field="step", tag="sentinel"):
+    """The small model that never changes was visited, before the first block or after the last.
+
+    Attributes:
+        number: which one, where the sides run on different runtimes.
+        is_end: after the last block.
+        visit: None where it failed or was left out; `event` then says why.
+    """
+
+    number: int
+    is_end: bool
+    visit: Visit | None
+    event: str = ""
+
+
+Step = (
+    Begun
+    | Continued
+    | Shipped
+    | GoldenAnswered
+    | OutputsComputed
+    | MemoryMeasured
+    | OperatorsTimed
+    | SentinelVisited
+    | BlockEnded
+)

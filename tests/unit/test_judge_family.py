@@ -1,11 +1,13 @@
 import itertools
+import math
+import statistics
 from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgedeploy.judge.family import ErrorRate, step_down, step_down_cells
+from edgedeploy.judge.family import ErrorRate, holm, step_down, step_down_cells
 from edgedeploy.records.verdict import Finding, Margin
 
 MARGIN = Margin(kind="relative", value=0.05, text="+5%")
@@ -115,3 +117,40 @@ def test_order_of_metrics_does_not_matter():
         for found in [step_down({metric: judge_of(metric, 1.0, p_values[metric]) for metric in order}, RATE, {})]
     }
     assert len(results) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.floats(0, 0.1), st.sampled_from([0.0125, 0.05 / 3, 0.025, 0.05])), max_size=6))
+def test_holm_rejects_what_the_closed_test_rejects(p_values):
+    """A hypothesis is rejected where every intersection that it is part of is rejected by Bonferroni (Marcus 1976)."""
+    numbers = range(len(p_values))
+    subsets = [one for size in numbers for one in itertools.combinations(numbers, size + 1)]
+    closed = [
+        all(min(p_values[one] for one in subset) <= 0.05 / len(subset) for subset in subsets if number in subset)
+        for number in numbers
+    ]
+    assert holm(p_values, 0.05) == closed
+
+
+@pytest.mark.parametrize("true_nulls", [36, 30, 8, 1])
+def test_wrong_passes_of_nine_metrics_in_four_cells_stay_within_the_error_rate(true_nulls):
+    import numpy as np
+
+    random_ = np.random.default_rng(true_nulls)
+    metrics = [f"metric {number}" for number in range(9)]
+    wrong, gates = 0, 1500
+    for _ in range(gates):
+        # Metrics of a cell depend on each other; the worst that are not worse than their margins lie on them.
+        common = random_.normal(size=(4, 1))
+        scores = 0.7 * common + math.sqrt(1 - 0.7**2) * random_.normal(size=(4, 9))
+        p_values = np.array([statistics.NormalDist().cdf(score) for score in scores.ravel()])
+        is_null = np.zeros(36, bool)
+        is_null[random_.permutation(36)[:true_nulls]] = True
+        p_values = np.where(is_null, p_values, 1e-7)
+        cells = [
+            {metric: judge_of(metric, 1.0, p) for metric, p in zip(metrics, row, strict=True)}
+            for row in p_values.reshape(4, 9).tolist()
+        ]
+        found = [finding.decision for cell in gate_of(*cells) for finding in cell.values()]
+        wrong += any(decision == "PASS" and null for decision, null in zip(found, is_null, strict=True))
+    assert wrong / gates <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / gates)

@@ -66,7 +66,7 @@ def test_metrics_without_a_margin_are_reported_and_do_not_decide():
     verdict = judge(*cell(effects=[0.5] * 8, lost=500), policy(artifact_size="+10%"))
     assert verdict.decision == "PASS"
     assert [finding.metric for finding in verdict.findings] == [
-        "accuracy", "latency_p50", "latency_p95", "peak_memory", "artifact_size",
+        "accuracy", "latency_p50", "latency_p95", "first_inference", "load_time", "peak_memory", "artifact_size",
     ]  # fmt: skip
     assert finding_of(verdict, "latency_p50").effect == pytest.approx(math.expm1(0.5))
     assert all("not judged" in finding.reason for finding in verdict.findings if finding.margin is None)

@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from edgedeploy.judge.proportions import exact_mcnemar, highest_drop, p_not_worse
+from edgedeploy.judge.proportions import (
+    exact_mcnemar,
+    highest_drop,
+    p_at_least,
+    p_at_most,
+    p_not_worse,
+    share_bounds,
+)
 
 TABLES = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(40, 400))
 
@@ -60,3 +67,23 @@ def test_a_wider_margin_is_easier_to_stay_within(table, drop, more):
 def test_exact_mcnemar_agrees_with_scipy(lost, gained):
     expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     assert exact_mcnemar(lost, gained) == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 300).flatmap(lambda samples: st.tuples(st.integers(0, samples), st.just(samples))),
+    st.floats(0.01, 0.99),
+)
+def test_a_share_is_tested_and_bounded_as_scipy_stats_does_it(counts, share):
+    right, samples = counts
+    test = stats.binomtest(right, samples, share, alternative="less")
+    assert p_at_least(right, samples, share) == pytest.approx(test.pvalue, rel=1e-6, abs=1e-12)
+    test = stats.binomtest(right, samples, share, alternative="greater")
+    assert p_at_most(right, samples, share) == pytest.approx(test.pvalue, rel=1e-6, abs=1e-12)
+    interval = stats.binomtest(right, samples).proportion_ci(0.9, method="exact")
+    assert share_bounds(right, samples, 0.05, 0.05) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+def test_a_smaller_chance_outside_allows_smaller_p_values():
+    assert p_not_worse(0, 40, 200, 0.05) == pytest.approx(1e-4, rel=0.01)
+    assert p_not_worse(0, 40, 200, 0.05, 1e-9) < 1e-6
