@@ -1,0 +1,1 @@
+"""A local, read-only page over the history's store: verdicts, trends, devices and their state."""
