@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
@@ -10,16 +9,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgedeploy.records.run import Run, Visit
-from edgedeploy.records.verdict import Finding
-from edgedeploy.render.figures import count, drop_reason, finite, printable, quantile, visit_samples_s
-from edgedeploy.units import format_change, format_duration
+from edgedeploy.records.verdict import Finding, LimitFinding
+from edgedeploy.render.figures import (
+    P95_MIN_SAMPLES,
+    count,
+    drop_reason,
+    finite,
+    gigahertz,
+    hottest_celsius,
+    one_line,
+    quantile,
+    visit_samples_s,
+)
+from edgedeploy.render.svg import (
+    LEFT,
+    RIGHT,
+    WIDTH,
+    diamond,
+    draw,
+    grid_line,
+    half_width,
+    kept_inside,
+    new_svg,
+    nice_step,
+    padded,
+    svg_text,
+    time_ticks,
+)
+from edgedeploy.units import format_bytes, format_change, format_duration
 
 Side = Literal["baseline", "candidate"]
 
 HATCH = "hatch"  # the page defines the pattern once under this id
-_MAX_DOTS = 6000  # samples drawn one by one; beyond it a page takes seconds to open and the dots are a blur anyway
-_WIDTH = 760.0
-_LEFT, _RIGHT = 62.0, 8.0
+MAX_DOTS = 6000  # samples drawn one by one; beyond it a page takes seconds to open and the dots are a blur anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +97,84 @@ def effect_svg(finding: Finding, description: str) -> str:
     effect = finite(finding.effect)
     if effect is None:
         return ""
-    low, high = finite(finding.low), finite(finding.high)
-    margin = finding.margin.value if finding.margin else None
-    marked = [0.0, *(number for number in (effect, low, high, margin) if number is not None)]
+    margin = finding.margin if finding.margin and finding.margin.kind != "limit" else None
+    return _plot(
+        effect,
+        (finite(finding.low), finite(finding.high)),
+        margin.value if margin else None,
+        origin=(0.0, "no change"),
+        bound_label=f"max {margin.text[:12]}" if margin else "",
+        title=finding.metric.replace("_", " "),
+        description=description,
+    )
+
+
+def limit_svg(found: LimitFinding, title: str, description: str) -> str:
+    """Draw the candidate's own value and interval against its limit. "" without a value."""
+    value = finite(found.value)
+    if value is None:
+        return ""
+    return _plot(
+        value,
+        (finite(found.low), finite(found.high)),
+        found.limit,
+        origin=None,
+        bound_label="least" if found.is_floor else "most",
+        title=title,
+        description=description,
+        is_floor=found.is_floor,
+    )
+
+
+def _plot(
+    point: float,
+    interval: tuple[float | None, float | None],
+    bound: float | None,
+    *,
+    origin: tuple[float, str] | None,
+    bound_label: str,
+    title: str,
+    description: str,
+    is_floor: bool = False,
+) -> str:
+    """Draw a number with its interval, and hatch what lies beyond a bound."""
+    low, high = interval
+    marked = [number for number in (point, low, high, bound, origin[0] if origin else None) if number is not None]
     width, height, middle, floor = 260.0, 52.0, 17.0, 34.0
     start, end = min(marked), max(marked)
-    room = 0.12 * (end - start) or 1.0
+    room = 0.12 * (end - start) or abs(end) * 0.1 or 1.0
     start, end = start - room, end + room
 
     def x(number: float) -> float:
         return 4 + (width - 8) * (number - start) / (end - start)
 
-    svg = _svg(width, height, "effect", finding.metric.replace("_", " "), description)
-    if margin is not None:
-        _draw(svg, "rect", class_="zone", x=x(margin), y=2, width=width - x(margin), height=floor - 2)
-        _draw(svg, "rect", fill=f"url(#{HATCH})", x=x(margin), y=2, width=width - x(margin), height=floor - 2)
-        _draw(svg, "line", class_="margin", x1=x(margin), x2=x(margin), y1=2, y2=floor)
-    _draw(svg, "line", class_="axis", x1=0, x2=width, y1=floor, y2=floor)
-    _draw(svg, "line", class_="axis", x1=x(0), x2=x(0), y1=2, y2=floor)
+    svg = new_svg(width, height, "effect", title, description)
+    if bound is not None:
+        left, right = (0.0, x(bound)) if is_floor else (x(bound), width)
+        for fill in ({"class_": "zone"}, {"fill": f"url(#{HATCH})"}):
+            draw(svg, "rect", **fill, x=left, y=2.0, width=right - left, height=floor - 2)
+        draw(svg, "line", class_="margin", x1=x(bound), x2=x(bound), y1=2, y2=floor)
+    draw(svg, "line", class_="axis", x1=0, x2=width, y1=floor, y2=floor)
+    if origin is not None:
+        draw(svg, "line", class_="axis", x1=x(origin[0]), x2=x(origin[0]), y1=2, y2=floor)
     if low is not None and high is not None:
-        _draw(svg, "path", class_="interval", d=f"M{x(low):.1f} {middle}H{x(high):.1f}")
+        draw(svg, "path", class_="interval", d=f"M{x(low):.1f} {middle}H{x(high):.1f}")
         for end_of_interval in (low, high):
-            _draw(svg, "path", class_="interval", d=f"M{x(end_of_interval):.1f} {middle - 5}v10")
-    _draw(svg, "path", class_="point", d=_diamond(x(effect), middle, 6))
-    no_change, most = "no change", f"max {finding.margin.text[:12]}" if finding.margin else ""
-    zero_x = _inside(x(0), no_change, width)
-    _draw(svg, "text", no_change, x=zero_x, y=height - 5, text_anchor="middle")
-    if margin is not None:
-        margin_x = _inside(x(margin), most, width)
+            draw(svg, "path", class_="interval", d=f"M{x(end_of_interval):.1f} {middle - 5}v10")
+    draw(svg, "path", class_="point", d=diamond(x(point), middle, 6))
+    origin_x = float("-inf")
+    if origin is not None:
+        origin_x = kept_inside(x(origin[0]), origin[1], width)
+        draw(svg, "text", origin[1], x=origin_x, y=height - 5, text_anchor="middle")
+    if bound is not None:
+        bound_x = kept_inside(x(bound), bound_label, width)
         # Where the labels would overlap, the margin's own column says it.
-        if abs(margin_x - zero_x) > _half_width(most) + _half_width(no_change):
-            _draw(svg, "text", most, x=margin_x, y=height - 5, text_anchor="middle")
-    return _text(svg)
+        if origin is None or abs(bound_x - origin_x) > half_width(bound_label) + half_width(origin[1]):
+            draw(svg, "text", bound_label, x=bound_x, y=height - 5, text_anchor="middle")
+    return svg_text(svg)
 
 
-def visits_svg(columns: Sequence[Column], description: str) -> str:
+def visits_svg(columns: Sequence[Column], description: str, *, most_dots: int = MAX_DOTS) -> str:
     """Draw every visit's inference times in time order on one axis; "" where no visit has samples."""
     timed = [column for column in columns if column.samples_s]
     if not timed:
@@ -118,22 +183,22 @@ def visits_svg(columns: Sequence[Column], description: str) -> str:
     # One visit's spikes must not flatten all the others; what lies beyond the top gets a sign there.
     p95s_s = sorted(quantile(column.samples_s, 0.95) for column in timed)
     top_s = max(quantile(p95s_s, 0.9), *(quantile(column.samples_s, 0.75) for column in timed))
-    low_s, high_s = _padded(low_s, top_s)
+    low_s, high_s = padded(low_s, top_s)
     top, bottom, height = 20.0, 262.0, 304.0
     layout = _layout(columns)
 
     def y(seconds: float) -> float:
         return bottom - (bottom - top) * (seconds - low_s) / (high_s - low_s)
 
-    svg = _svg(layout.width, height, "visits", "Inference times of every visit", description)
+    svg = new_svg(layout.width, height, "visits", "Inference times of every visit", description)
     for tick_s, label in time_ticks(low_s, high_s):
-        _grid_line(svg, y(tick_s), label, width=layout.width)
+        grid_line(svg, y(tick_s), label, width=layout.width)
     _stripes(svg, layout, top, bottom)
     _block_numbers(svg, layout, bottom + (32 if layout.pitch >= 10 else 16))
-    has_dots = sum(len(column.samples_s) for column in columns) <= _MAX_DOTS and layout.pitch >= 8
+    has_dots = sum(len(column.samples_s) for column in columns) <= most_dots and layout.pitch >= 8
     for column, x in zip(columns, layout.places, strict=True):
         _draw_visit(svg, column, x, pitch=layout.pitch, y=y, top=top, bottom=bottom, has_dots=has_dots)
-    return _text(svg)
+    return svg_text(svg)
 
 
 def ratios_svg(columns: Sequence[Column], finding: Finding | None, description: str) -> str:
@@ -146,13 +211,13 @@ def ratios_svg(columns: Sequence[Column], finding: Finding | None, description: 
     if not ratios:
         return ""
     marked = [0.0, *ratios.values()]
-    is_relative = finding is not None and (finding.margin is None or finding.margin.kind == "relative")
+    is_relative = finding is not None and (finding.margin is None or finding.margin.kind in ("relative", "limit"))
     interval: tuple[float, float] | None = None
     margin: float | None = None
     if finding is not None and is_relative:
         low, high = finite(finding.low), finite(finding.high)
         interval = (low, high) if low is not None and high is not None else None
-        margin = finding.margin.value if finding.margin else None
+        margin = finding.margin.value if finding.margin and finding.margin.kind == "relative" else None
         marked += [*(interval or ()), *([margin] if margin is not None else [])]
     room = max(0.08 * (max(marked) - min(marked)), 0.005)
     start, end = min(marked) - room, max(marked) + room
@@ -163,35 +228,35 @@ def ratios_svg(columns: Sequence[Column], finding: Finding | None, description: 
     def y(fraction: float) -> float:
         return bottom - (bottom - top) * (fraction - start) / (end - start)
 
-    svg = _svg(width, height, "ratios", "Candidate against baseline, block by block", description)
+    svg = new_svg(width, height, "ratios", "Candidate against baseline, block by block", description)
     if margin is not None:
-        _draw(svg, "rect", class_="zone", x=_LEFT, y=top, width=width - _LEFT, height=y(margin) - top)
-        _draw(svg, "rect", fill=f"url(#{HATCH})", x=_LEFT, y=top, width=width - _LEFT, height=y(margin) - top)
-        _draw(svg, "line", class_="margin", x1=_LEFT, x2=width, y1=y(margin), y2=y(margin))
+        draw(svg, "rect", class_="zone", x=LEFT, y=top, width=width - LEFT, height=y(margin) - top)
+        draw(svg, "rect", fill=f"url(#{HATCH})", x=LEFT, y=top, width=width - LEFT, height=y(margin) - top)
+        draw(svg, "line", class_="margin", x1=LEFT, x2=width, y1=y(margin), y2=y(margin))
     if interval is not None:
         high_y, low_y = y(interval[1]), y(interval[0])
-        _draw(svg, "rect", class_="band", x=_LEFT, y=high_y, width=width - _LEFT, height=max(low_y - high_y, 1))
-    step = _nice_step((end - start) / 5)
+        draw(svg, "rect", class_="band", x=LEFT, y=high_y, width=width - LEFT, height=max(low_y - high_y, 1))
+    step = nice_step((end - start) / 5)
     for number in range(round(start / step) - 1, round(end / step) + 2):
         if start <= number * step <= end:
             label = f"{number * step * 100:+.3g} %" if number else "0"
-            _grid_line(svg, y(number * step), label, width=width, kind="grid" if number else "axis")
+            grid_line(svg, y(number * step), label, width=width, kind="grid" if number else "axis")
     _block_numbers(svg, layout, height - 8)
     for group, ratio in ratios.items():
         inside = layout.blocks[group]
-        point = _draw(
-            svg, "path", class_="point", d=_diamond(sum(inside) / len(inside), y(ratio), min(5.5, layout.pitch))
+        point = draw(
+            svg, "path", class_="point", d=diamond(sum(inside) / len(inside), y(ratio), min(5.5, layout.pitch))
         )
-        _draw(point, "title", f"block {group[1]}: {format_change(ratio)}")
-    return _text(svg)
+        draw(point, "title", f"block {group[1]}: {format_change(ratio)}")
+    return svg_text(svg)
 
 
 def key_svg(side: Side) -> str:
     """Draw a side's sign for the legend."""
-    svg = _svg(22.0, 16.0, f"key {side}", side, f"the sign of the {side}")
-    _draw(svg, "rect", class_="box", x=4, y=1.5, width=14, height=13)
-    _median_sign(svg, side, 11, 8, 4.5)
-    return _text(svg)
+    svg = new_svg(22.0, 16.0, f"key {side}", side, f"the sign of the {side}")
+    draw(svg, "rect", class_="box", x=4, y=1.5, width=14, height=13)
+    median_sign(svg, side, 11, 8, 4.5)
+    return svg_text(svg)
 
 
 def block_ratios(columns: Sequence[Column]) -> dict[tuple[int, int], float]:
@@ -237,16 +302,18 @@ def _draw_visit(
     has_dots: bool,
 ) -> None:
     half = min(pitch * 0.36, 9.0)
-    drawn = _draw(svg, "g", class_=f"visit {column.side}{' dropped' if column.mark else ''}")
-    _draw(drawn, "title", _visit_title(column))
+    drawn = draw(svg, "g", class_=f"visit {column.side}{' dropped' if column.mark else ''}")
+    draw(drawn, "title", _visit_title(column))
     if column.mark:
-        _draw(drawn, "rect", fill=f"url(#{HATCH})", x=x - pitch / 2, y=top, width=pitch, height=bottom - top)
+        draw(drawn, "rect", fill=f"url(#{HATCH})", x=x - pitch / 2, y=top, width=pitch, height=bottom - top)
         if pitch >= 6:
-            _draw(drawn, "text", f"✕{column.mark}", x=x, y=top - 6, text_anchor="middle")
+            draw(drawn, "text", f"✕{column.mark}", x=x, y=top - 6, text_anchor="middle")
         else:
-            _draw(drawn, "line", class_="drop-mark", x1=x, x2=x, y1=top - 8, y2=top)
+            draw(drawn, "line", class_="drop-mark", x1=x, x2=x, y1=top - 8, y2=top)
+    # What pointer and finger meet: the shapes themselves are too thin.
+    draw(drawn, "rect", class_="hit", x=x - pitch / 2, y=top, width=pitch, height=bottom - top)
     if pitch >= 10:
-        _draw(drawn, "text", column.side[0].upper(), x=x, y=bottom + 15, text_anchor="middle")
+        draw(drawn, "text", column.side[0].upper(), x=x, y=bottom + 15, text_anchor="middle")
     samples_s = column.samples_s
     if not samples_s:
         return
@@ -261,35 +328,65 @@ def _draw_visit(
             for number, sample_s in enumerate(samples_s)
             if y(sample_s) >= top
         )
-        _draw(drawn, "path", class_="dots", d="".join(dots))
+        draw(drawn, "path", class_="dots", d="".join(dots))
     p5, p25, p50, p75, p95 = (kept(quantile(samples_s, share)) for share in (0.05, 0.25, 0.5, 0.75, 0.95))
     if half >= 2.5:
-        _draw(drawn, "path", class_="whisker", d=f"M{x:.1f} {p5:.1f}V{p25:.1f}M{x:.1f} {p75:.1f}V{p95:.1f}")
-        _draw(drawn, "rect", class_="box", x=x - half, y=p75, width=2 * half, height=max(p25 - p75, 1))
+        draw(drawn, "path", class_="whisker", d=f"M{x:.1f} {p5:.1f}V{p25:.1f}M{x:.1f} {p75:.1f}V{p95:.1f}")
+        draw(drawn, "rect", class_="box", x=x - half, y=p75, width=2 * half, height=max(p25 - p75, 1))
     else:
-        _draw(drawn, "path", class_="whisker", d=f"M{x:.1f} {p5:.1f}V{p95:.1f}")
-    _median_sign(drawn, column.side, x, p50, min(half, 4.5))
+        draw(drawn, "path", class_="whisker", d=f"M{x:.1f} {p5:.1f}V{p95:.1f}")
+    median_sign(drawn, column.side, x, p50, min(half, 4.5))
     if y(samples_s[-1]) < top and half >= 2.5:
-        _draw(drawn, "path", class_="beyond", d=f"M{x - 3:.1f} {top + 5}h6l-3 -5z")
+        draw(drawn, "path", class_="beyond", d=f"M{x - 3:.1f} {top + 5}h6l-3 -5z")
 
 
-def _median_sign(parent: ET.Element, side: Side, x: float, y: float, size: float) -> None:
+def median_sign(parent: ET.Element, side: Side, x: float, y: float, size: float) -> None:
+    """Draw the sign of a side: a ring, or a square on its tip."""
     size = max(size, 1.2)
     if side == "baseline":
-        _draw(parent, "circle", class_="median", cx=x, cy=y, r=size * 0.8)
+        draw(parent, "circle", class_="median", cx=x, cy=y, r=size * 0.8)
     else:
-        _draw(parent, "path", class_="median", d=_diamond(x, y, size))
+        draw(parent, "path", class_="median", d=diamond(x, y, size))
 
 
 def _visit_title(column: Column) -> str:
-    where = f"{column.side}, block {column.visit.block}, visit {column.visit.position}"
-    dropped = f"; dropped: {drop_reason(column.visit)}" if column.mark else ""
-    if not column.samples_s:
-        return f"{where}: no samples{dropped}"
-    samples_s = column.samples_s
-    median = format_duration(quantile(samples_s, 0.5))
-    span = f"{format_duration(samples_s[0])} to {format_duration(samples_s[-1])}"
-    return f"{where}: median {median}, {span}, {count(len(samples_s), 'sample')}{dropped}"
+    """Return what there is to know about a visit, a fact a line; a browser shows it where the pointer rests."""
+    visit, samples_s = column.visit, column.samples_s
+    lines = [f"{column.side}, block {visit.block}, visit {visit.position}"]
+    if column.mark:
+        lines.append(f"dropped: {drop_reason(visit)}")
+    if samples_s:
+        p95 = f", p95 {format_duration(quantile(samples_s, 0.95))}" if len(samples_s) >= P95_MIN_SAMPLES else ""
+        lines += [
+            f"p50 {format_duration(quantile(samples_s, 0.5))}{p95}",
+            f"{format_duration(samples_s[0])} to {format_duration(samples_s[-1])}, {count(len(samples_s), 'sample')}",
+        ]
+    else:
+        lines.append("no samples")
+    lines.append(f"load {format_duration(visit.load_s)}, first inference {format_duration(visit.first_inference_s)}")
+    if not visit.is_steady:
+        lines.append("not steady when the warm-up reached its cap")
+    return "\n".join([*lines, *_moment_lines(visit)])
+
+
+def _moment_lines(visit: Visit) -> list[str]:
+    """Return the conditions before and after a visit, where the device says any."""
+    moments = (visit.before, visit.after)
+    clocks_hz = [clock for moment in moments for clock in moment.cpu_clocks_hz or ()]
+    degrees = [celsius for moment in moments if (celsius := hottest_celsius(moment)) is not None]
+    facts = []
+    if degrees:
+        facts.append(" → ".join(dict.fromkeys(f"{celsius:.0f} °C" for celsius in degrees)))
+    if clocks_hz:
+        facts.append(" to ".join(dict.fromkeys((gigahertz(min(clocks_hz)), gigahertz(max(clocks_hz))))))
+    if visit.foreign_load is not None:
+        facts.append(f"{visit.foreign_load:.2f} cores taken by others")
+    if visit.after.free_memory_bytes is not None:
+        facts.append(f"{format_bytes(visit.after.free_memory_bytes)} free")
+    reasons = dict.fromkeys(one_line(reason) for moment in moments for reason in moment.throttle_reasons or ())
+    if any(moment.throttled for moment in moments):
+        facts.append(f"throttled{': ' if reasons else ''}{', '.join(reasons)}")
+    return facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,98 +408,30 @@ class _Layout:
 def _layout(columns: Sequence[Column]) -> _Layout:
     gap = 0.7
     blocks: dict[tuple[int, int], list[float]] = {column.group: [] for column in columns}
-    pitch = min(max((_WIDTH - _LEFT - _RIGHT) / (len(columns) + gap * len(blocks)), 2.2), 34.0)
+    pitch = min(max((WIDTH - LEFT - RIGHT) / (len(columns) + gap * len(blocks)), 2.2), 34.0)
     places: list[float] = []
-    x = _LEFT + pitch * (gap + 1) / 2
+    x = LEFT + pitch * (gap + 1) / 2
     for number, column in enumerate(columns):
         if number and column.group != columns[number - 1].group:
             x += gap * pitch
         places.append(x)
         blocks[column.group].append(x)
         x += pitch
-    return _Layout(places, pitch, max(_WIDTH, x + _RIGHT), blocks)
+    return _Layout(places, pitch, max(WIDTH, x + RIGHT), blocks)
 
 
 def _stripes(svg: ET.Element, layout: _Layout, top: float, bottom: float) -> None:
     for number, inside in enumerate(layout.blocks.values()):
         if number % 2:
             start, width = inside[0] - layout.pitch * 0.85, inside[-1] - inside[0] + layout.pitch * 1.7
-            _draw(svg, "rect", class_="stripe", x=start, y=top, width=width, height=bottom - top)
+            draw(svg, "rect", class_="stripe", x=start, y=top, width=width, height=bottom - top)
 
 
 def _block_numbers(svg: ET.Element, layout: _Layout, y: float) -> None:
-    _draw(svg, "text", "block", x=_LEFT - 8, y=y, text_anchor="end")
+    draw(svg, "text", "block", x=LEFT - 8, y=y, text_anchor="end")
     last = float("-inf")
     for (_, block), inside in layout.blocks.items():
         middle = (inside[0] + inside[-1]) / 2
         if middle - last >= 24:
-            _draw(svg, "text", str(block), x=middle, y=y, text_anchor="middle")
+            draw(svg, "text", str(block), x=middle, y=y, text_anchor="middle")
             last = middle
-
-
-def _grid_line(svg: ET.Element, y: float, label: str, *, width: float, kind: str = "grid") -> None:
-    _draw(svg, "line", class_=kind, x1=_LEFT, x2=width, y1=y, y2=y)
-    _draw(svg, "text", label, x=_LEFT - 8, y=y + 4, text_anchor="end")
-
-
-def time_ticks(low_s: float, high_s: float) -> list[tuple[float, str]]:
-    """Return round durations between two, with labels that all differ."""
-    step_s = _nice_step((high_s - low_s) / 5)
-    while True:
-        numbers = range(int(low_s / step_s), int(high_s / step_s) + 2)
-        ticks = [(n * step_s, format_duration(n * step_s)) for n in numbers if low_s <= n * step_s <= high_s]
-        if len({label for _, label in ticks}) == len(ticks):
-            return ticks
-        step_s = _nice_step(step_s * 1.5)
-
-
-def _padded(low_s: float, high_s: float) -> tuple[float, float]:
-    """Widen an axis: some air, and at least 6 %, for a narrower one shows noise as if it were something."""
-    missing_s = max(0.06 * high_s - (high_s - low_s), 1e-9)
-    room_s = 0.12 * (high_s - low_s) + missing_s / 2
-    return max(low_s - room_s / 2, 0.0), high_s + room_s
-
-
-def _nice_step(at_least: float) -> float:
-    """Return the smallest 1, 2 or 5 times a power of ten that is not below a positive number.
-
-    >>> _nice_step(0.3), _nice_step(7)
-    (0.5, 10.0)
-    """
-    power = float(f"1e{math.floor(math.log10(at_least))}")
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= at_least * (1 - 1e-9))
-
-
-def _diamond(x: float, y: float, size: float) -> str:
-    return f"M{x:.1f} {y - size:.1f}l{size:.1f} {size:.1f}l{-size:.1f} {size:.1f}l{-size:.1f} {-size:.1f}z"
-
-
-def _half_width(label: str) -> float:
-    return 3.9 * len(label)  # digits and signs at 11 px are up to 8 px wide
-
-
-def _inside(x: float, label: str, width: float) -> float:
-    return min(max(x, _half_width(label)), width - _half_width(label))
-
-
-def _svg(width: float, height: float, kind: str, title: str, description: str) -> ET.Element:
-    svg = ET.Element("svg", {"class": kind, "viewBox": f"0 0 {width:.0f} {height:.0f}", "role": "img"})
-    svg.set("style", f"--width: {width:.0f}px")
-    _draw(svg, "title", title)
-    _draw(svg, "desc", description)
-    return svg
-
-
-def _draw(parent: ET.Element, tag: str, content: str = "", **attributes: str | float) -> ET.Element:
-    """Add an element; class_ is written class, text_anchor is written text-anchor."""
-    element = ET.SubElement(parent, tag)
-    for name, value in attributes.items():
-        text = printable(value) if isinstance(value, str) else f"{value:.1f}"
-        element.set(name.rstrip("_").replace("_", "-"), text)
-    if content:
-        element.text = printable(content)
-    return element
-
-
-def _text(svg: ET.Element) -> str:
-    return ET.tostring(svg, encoding="unicode")

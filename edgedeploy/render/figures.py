@@ -24,11 +24,17 @@ P95_MIN_SAMPLES = 59
 
 METRIC_TITLES: Mapping[Metric, str] = {
     "accuracy": "accuracy",
+    "class_accuracy": "class accuracy",
     "latency_p50": "latency p50",
     "latency_p95": "latency p95",
+    "latency_p99": "latency p99",
+    "first_inference": "first inference",
+    "load_time": "load time",
     "peak_memory": "peak memory",
     "artifact_size": "artifact size",
 }
+# What is counted in bytes; of all else that is no accuracy, the time is taken.
+_IN_BYTES: tuple[Metric, ...] = ("peak_memory", "artifact_size")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -184,11 +190,11 @@ def condition_facts(run: Run) -> list[tuple[str, str]]:
     """Return the conditions before and after all of a run's visits: label and the range that was seen."""
     moments = [moment for visit in run.visits for moment in (visit.before, visit.after)]
     clocks_hz = [clock for moment in moments for clock in moment.cpu_clocks_hz or ()]
-    hottest = [max((moment.temperatures_celsius or {}).values(), default=None) for moment in moments]
+    hottest = [hottest_celsius(moment) for moment in moments]
     governors = {governor for moment in moments for governor in moment.governors or ()}
     return [
         ("governor", ", ".join(sorted(governors)) or NOT_AVAILABLE),
-        ("core clocks", _span(clocks_hz, _gigahertz)),
+        ("core clocks", _span(clocks_hz, gigahertz)),
         ("hottest sensor", _span(hottest, lambda celsius: f"{celsius:.0f} °C")),
         ("throttled", _throttled(moments)),
         ("load average, 1 min", _span((moment.load_1min for moment in moments), "{:.2f}".format)),
@@ -196,6 +202,11 @@ def condition_facts(run: Run) -> list[tuple[str, str]]:
         ("free memory", _span((moment.free_memory_bytes for moment in moments), format_bytes)),
         *_board_facts(moments),
     ]
+
+
+def hottest_celsius(moment: Conditions) -> float | None:
+    """Return the highest temperature that a device said, or None."""
+    return max((moment.temperatures_celsius or {}).values(), default=None)
 
 
 def _span(numbers: Iterable[float | None], text: Callable[[float], str]) -> str:
@@ -207,7 +218,8 @@ def _span(numbers: Iterable[float | None], text: Callable[[float], str]) -> str:
     return low if low == high else f"{low} – {high}"
 
 
-def _gigahertz(hertz: float) -> str:
+def gigahertz(hertz: float) -> str:
+    """Print a clock rate."""
     return f"{hertz / 1e9:.2f} GHz"
 
 
@@ -219,8 +231,8 @@ def _board_facts(moments: Sequence[Conditions]) -> list[tuple[str, str]]:
     rows = [
         ("power mode", ", ".join(modes) or NOT_AVAILABLE),
         ("clocks fixed", ("yes" if all(fixed) else "no") if fixed else NOT_AVAILABLE),
-        ("GPU clock", _span((moment.gpu_clock_hz for moment in moments), _gigahertz)),
-        ("memory clock", _span((moment.emc_clock_hz for moment in moments), _gigahertz)),
+        ("GPU clock", _span((moment.gpu_clock_hz for moment in moments), gigahertz)),
+        ("memory clock", _span((moment.emc_clock_hz for moment in moments), gigahertz)),
     ]
     for rail in rails:
         watts = [(moment.rails_w or {}).get(rail) for moment in moments]
@@ -393,6 +405,8 @@ def finite(number: float | None) -> float | None:
 def metric_title(finding: Finding, accuracy_metric: str) -> str:
     """Return the words for a finding's metric."""
     title = METRIC_TITLES[finding.metric]
+    if finding.metric == "class_accuracy" and finding.classes:  # the figures beside it are those of one class
+        return f"{title} (class {finding.classes[0].label})"
     return f"{title} ({accuracy_metric})" if finding.metric == "accuracy" and accuracy_metric else title
 
 
@@ -403,17 +417,17 @@ def decision_text(finding: Finding) -> str:
 
 def is_flipped(finding: Finding, accuracy_metric: str) -> bool:
     """Say whether a positive effect (worse) is a fall of the value, as for accuracy."""
-    return finding.metric == "accuracy" and is_higher_better(accuracy_metric)
+    return finding.metric == "class_accuracy" or (finding.metric == "accuracy" and is_higher_better(accuracy_metric))
 
 
 def effect_text(finding: Finding, effect: float, accuracy_metric: str) -> str:
     """Print an effect in its natural sign and in the margin's kind."""
     signed = (-effect if is_flipped(finding, accuracy_metric) else effect) + 0.0  # + 0.0 turns -0.0 into 0.0
-    kind: Literal["relative", "absolute", "points"]
-    if finding.margin:
+    kind: Literal["relative", "absolute", "points", "limit"]
+    if finding.margin and finding.margin.kind != "limit":
         kind = finding.margin.kind
     else:
-        kind = "points" if finding.metric == "accuracy" and is_higher_better(accuracy_metric) else "relative"
+        kind = "points" if is_flipped(finding, accuracy_metric) else "relative"
     if kind == "points":
         return format_points(signed)
     if kind == "relative":
@@ -421,7 +435,7 @@ def effect_text(finding: Finding, effect: float, accuracy_metric: str) -> str:
     sign = "-" if signed < 0 else "+"
     if finding.metric == "accuracy":
         return f"{signed:+.4g}"
-    printed = format_duration if finding.metric in ("latency_p50", "latency_p95") else format_bytes
+    printed = format_bytes if finding.metric in _IN_BYTES else format_duration
     return sign + printed(abs(signed))
 
 
@@ -429,9 +443,11 @@ def _value_text(metric: Metric, value: float | None, accuracy_metric: str) -> st
     number = finite(value)
     if number is None:
         return NOT_AVAILABLE
+    if metric == "class_accuracy":
+        return format_share(number)
     if metric == "accuracy":
         return format_share(number) if is_higher_better(accuracy_metric) else f"{number:.4g}"
-    return format_duration(number) if metric in ("latency_p50", "latency_p95") else format_bytes(number)
+    return format_bytes(number) if metric in _IN_BYTES else format_duration(number)
 
 
 def accuracy_metric_of(cell: CellVerdict, runs: Mapping[str, Run]) -> str:

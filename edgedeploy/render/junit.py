@@ -96,6 +96,9 @@ def _case(cell: CellVerdict, finding: Finding) -> ET.Element:
     figures.append(("units", str(finding.units)))
     if finding.margin:
         figures += [("margin", finding.margin.text), ("margin_kind", finding.margin.kind)]
+    if finding.limit:
+        figures += [("limit", repr(finding.limit.limit)), ("limit_decision", finding.limit.decision)]
+    figures += [(f"drop_of_class_{one.label}", repr(one.effect)) for one in finding.classes if one.decision == "FAIL"]
     _properties(case, figures)
     if decision_text(finding) == NOT_JUDGED:
         ET.SubElement(case, "skipped", message="reported, not judged: the policy has no margin for it")

@@ -26,6 +26,7 @@ from edgedeploy.render.compression import (
     statement_heading,
     statement_rows,
 )
+from edgedeploy.render.explained import causes
 from edgedeploy.render.figures import (
     NOT_AVAILABLE,
     OUTPUT_COLUMNS,
@@ -46,6 +47,7 @@ from edgedeploy.render.figures import (
     verdict_sentence,
 )
 from edgedeploy.render.kernels import COLUMNS, kernel_facts, kernel_rows, kernels_left_out, receipt_facts
+from edgedeploy.render.noise import knowledge_lines
 from edgedeploy.render.operator_times import TIME_COLUMNS, time_rows, times_note
 from edgedeploy.render.side_by_side import DISPENSABLE, SideBySide, comparison_table, verdict_table
 from edgedeploy.units import format_bytes, format_duration
@@ -79,6 +81,8 @@ def verdict_text(verdict: Verdict, runs: Mapping[str, Run], *, color: bool, widt
         if (shown := verdict_table(verdict)) is not None:
             _show_side_by_side(console, "Side by side", shown)
             console.print()
+        for line in knowledge_lines(verdict):
+            console.print(_plain(one_line(line)))
         console.print(_styled(verdict.decision), _plain(f": {verdict_sentence(verdict)}"), sep="")
 
     return _rendered(show, color=color, width=width)
@@ -233,6 +237,8 @@ def _show_cell(console: Console, cell: CellVerdict, runs: Mapping[str, Run]) -> 
         console.print(_plain(f"{text.metric}: {text.reason}"))
         if text.needed:
             console.print(_plain(f"  to decide it: {text.needed}"))
+    if cell.explanation is not None:
+        _show_list(console, "Why", causes(cell.explanation))
     _show_list(console, "Notes", cell_notes(cell, runs))
     took = f" after {format_duration(cell.seconds)}" if cell.seconds is not None else ""
     console.print(_plain(f"{cell.cell}: "), _styled(cell.decision), _plain(took), sep="")

@@ -1,14 +1,20 @@
+import base64
+import hashlib
+import json
 import re
 import xml.etree.ElementTree as ET
 from html import unescape
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from edgedeploy.records.verdict import Finding
-from edgedeploy.render.html import report_html
+from edgedeploy.render.html import MOST_PICTURES, report_html
+from edgedeploy.render.page_script import page_script
 
 from .render_samples import MARGINS, make_artifacts, make_cell, make_run, make_runs, make_verdict
+from .report_samples import COMMAND, rich_runs, rich_verdict
 
 
 def _parsed(page):
@@ -21,7 +27,10 @@ def _visits(page):
 
 
 def _words(page):
-    return " ".join("".join(_parsed(page).find("body").itertext()).split())
+    body = _parsed(page).find("body")
+    for script in body.findall("script"):
+        body.remove(script)
+    return " ".join("".join(body.itertext()).split())
 
 
 def test_every_metric_reason_and_note_appears():
@@ -40,15 +49,27 @@ def test_every_decision_is_told_in_words():
         assert "".join(root.find(".//h1").itertext()).strip() == decision
 
 
-def test_the_page_needs_no_network_and_runs_no_script():
-    page = report_html(make_verdict(), make_runs(), make_artifacts())
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "//" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
-    assert "url(" not in page.replace("url(#", "")
+def test_the_page_needs_no_network_and_runs_only_the_script_that_its_policy_names():
+    page = report_html(rich_verdict(), rich_runs(), make_artifacts())
+    script = page_script()
+    own = page.replace(script.text, "").replace(script.style, "")
+    assert "http://" not in own
+    assert "https://" not in own
+    assert "//" not in re.sub(r"<style>.*</style>", "", own, flags=re.DOTALL)
+    assert "url(" not in own.replace("url(#", "")
     root = _parsed(page)
-    assert not [element.tag for element in root.iter() if element.tag in ("script", "link", "img", "iframe", "object")]
-    assert not [name for element in root.iter() for name in element.attrib if name.startswith("on") or name == "src"]
+    assert not [element.tag for element in root.iter() if element.tag in ("link", "iframe", "object", "form")]
+    assert not [name for element in root.iter() for name in element.attrib if name.startswith("on")]
+    assert all(one.get("src").startswith("data:image/png;base64,") for one in root.iter() if one.get("src"))
+    data, code = root.iter("script")
+    assert data.get("type") == "application/json"
+    digest = base64.b64encode(
+        hashlib.sha256(page.split("<script>")[1].split("</script>")[0].encode()).digest()
+    ).decode()
+    (policy,) = [one.get("content") for one in root.iter("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert "uPlot" in code.text
 
 
 @pytest.mark.parametrize("blocks", [1, 8, 150])
@@ -90,7 +111,7 @@ def test_hostile_text_is_shown_and_not_obeyed():
         "run-c": make_run("candidate", name=hostile),
     }
     page = report_html(make_verdict(cell, name=hostile), runs, make_artifacts())
-    assert not list(_parsed(page).iter("script"))
+    assert len(list(_parsed(page).iter("script"))) == 2
     assert shown in _words(page)
     page.encode()
 
@@ -168,3 +189,86 @@ def test_a_verdict_without_cells_renders():
 
 def test_two_renderings_are_the_same_bytes():
     assert report_html(make_verdict(), make_runs(), {}) == report_html(make_verdict(), make_runs(), {})
+
+
+def pixels_of(digest, index):
+    return {"image": np.random.default_rng(index).integers(0, 256, (1, 1, 28, 28), np.uint8)}
+
+
+def test_changed_answers_are_shown_class_by_class_and_as_pictures():
+    runs = rich_runs()
+    page = report_html(rich_verdict(), runs, make_artifacts(), sample_of=pixels_of)
+    before, after = (runs[name].outputs.predictions for name in ("run-b", "run-c"))
+    changed = sum(old != new for old, new in zip(before, after, strict=True))
+    assert f"{changed} of 2,000 answers changed" in _words(page)
+    table = next(one for one in _parsed(page).iter("table") if one.get("class") == "flips")
+    counts = [int(cell.text) for cell in table.iter("td") if (cell.text or "–").strip() not in ("", "–")]
+    assert sum(counts) == changed
+    pictures = list(_parsed(page).iter("img"))
+    assert len(pictures) == 3 * min(MOST_PICTURES, changed)
+    assert all(picture.get("alt").startswith("sample ") for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [(None, "is not in this machine's cache"), ({"image": np.zeros((1, 40, 16, 2), np.float32)}, "are not images")],
+)
+def test_it_is_said_why_there_are_no_pictures(sample, said):
+    page = report_html(rich_verdict(), rich_runs(), {}, sample_of=lambda digest, index: sample)
+    assert said in _words(page)
+    assert not list(_parsed(page).iter("img"))
+
+
+def test_pictures_of_many_cells_do_not_fill_the_page():
+    cells = [make_cell(cell=f"cell {number}") for number in range(12)]
+    page = report_html(make_verdict(*cells), rich_runs(), {}, sample_of=pixels_of)
+    assert len(list(_parsed(page).iter("img"))) <= 96
+
+
+def test_an_explanation_limits_classes_and_what_the_gate_knows_of_itself_are_shown():
+    words = _words(report_html(rich_verdict(), rich_runs(), make_artifacts()))
+    for expected in (
+        "3 conversions between float and int8 cost 310 µs an inference",
+        "two groups became faster by 40 µs",
+        "the error jumps at conv_7",
+        "conv_0 + relu_0",
+        "one pass was dropped",
+        "the limit lies inside",
+        "class 3 lost 20 points of 200 samples",
+        "needs 90 samples",
+        "1 of 240 gates of something against itself said FAIL",
+        "pi5-desk",
+        "The sentinel",
+        "the slowest operators, watched one by one",
+        COMMAND.replace(" --", " \\ --"),
+        "edgedeploy gate run-c \\ --baseline run-b \\ --margin accuracy=-1pt",
+    ):
+        assert expected in words
+
+
+def test_the_charts_of_a_page_have_their_data():
+    page = report_html(rich_verdict(), rich_runs(), {})
+    root = _parsed(page)
+    charts = [one.get("data-chart") for one in root.iter("div") if one.get("data-chart")]
+    data = json.loads(next(root.iter("script")).text)
+    assert [cell["cell"] for cell in data["cells"]] == ["cell-1", "cell-2", "cell-3"]
+    assert charts.count("distribution") == sum(cell["distribution"] is not None for cell in data["cells"]) == 3
+    assert charts.count("panel") == sum(len(cell["panels"]) for cell in data["cells"]) > 3
+
+
+def test_a_visit_tells_its_times_conditions_and_why_it_was_dropped():
+    page = report_html(make_verdict(), make_runs(dropped_blocks={3: "too hot"}), {})
+    dropped = next(visit for visit in _visits(page) if "dropped" in visit.get("class"))
+    lines = dropped.findtext("title").splitlines()
+    assert lines[0].startswith("baseline, block 3, visit ") or lines[0].startswith("candidate, block 3, visit ")
+    assert lines[1] == "dropped: too hot"
+    assert any(line.startswith("p50 ") for line in lines)
+    assert any("°C" in line for line in lines)
+    assert any("GHz" in line for line in lines)
+
+
+def test_many_inferences_do_not_make_the_page_heavy():
+    cells = [make_cell(cell=f"cell {number}") for number in range(20)]
+    page = report_html(make_verdict(*cells), make_runs(blocks=4, samples=300), {})
+    assert len(_visits(page)) == 20 * 8
+    assert 'class="dots"' not in page

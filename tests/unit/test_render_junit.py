@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from edgedeploy.render.junit import verdict_junit
 
 from .render_samples import make_cell, make_verdict
+from .report_samples import rich_verdict
 
 
 def _parsed(verdict):
@@ -68,3 +69,13 @@ def test_any_text_gives_well_formed_xml(text):
         make_verdict(make_cell("FAIL", cell=text, notes=(text,), findings=(evil,)), name=text, decision="FAIL")
     )
     assert root.get("failures") == "1"
+
+
+def test_limits_and_classes_that_fail_are_properties():
+    cases = {case.get("name"): case for case in next(iter(_parsed(rich_verdict()))).iter("testcase")}
+    figures = {entry.get("name"): entry.get("value") for case in cases.values() for entry in case.iter("property")}
+    assert (figures["limit"], figures["limit_decision"]) == ("0.005", "INCONCLUSIVE")
+    assert figures["drop_of_class_3"] == "0.2"
+    assert "drop_of_class_8" not in figures
+    assert cases["latency_p99"].find("error") is not None
+    assert cases["class_accuracy"].find("failure") is not None
