@@ -17,7 +17,8 @@ is far below what can be measured, and without it the host could not tell a slow
 
 A job is {"session", "artifact", "inputs": sha256, "options": {...}, "batch": n, "warm_up": {"window", "tolerance",
 "cap_s"}, "runtime": name}. Files lie in DIR/objects/<sha256>, an upload in DIR/objects/<sha256>.part until it is
-verified; the answers of a model in DIR/outputs/<sha256>; what was installed in DIR/runtimes/<name>: a job that names
+verified; the answers of a model in DIR/outputs/<sha256>; releases of models, for applications of the device, in
+DIR/installed/<slot> (see Slot); what was provisioned in DIR/runtimes/<name>: a job that names
 one imports from there first. Of what was sent only the files are executed that `allow` names. What takes minutes says
 {"event": "progress", "text", "done", "total"} meanwhile. Tensors are in the safetensors format: a little-endian length,
 a JSON header, bytes. Nothing is ever unpickled.
@@ -1134,6 +1135,223 @@ def unpack_member(archive, member, path, beat):
             beat()
 
 
+# ---------------------------------------------------------------------------------------------------- what is installed
+
+
+# What an application finds its model by, and what a release of it is called. Small letters: FAT knows no others.
+SLOT = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
+RELEASE = re.compile(r"(0|[1-9][0-9]{0,17})-[0-9a-f]{8}(?:\.[1-9][0-9]?)?")
+POINTER, RECEIPT = "current", "installed.json"
+# The one that is used and the one to go back to.
+KEPT_RELEASES = 2
+MOST_SLOTS = 100
+# A file of a release is a model, its manifest, golden samples; a bundle's manifest names a few per cell.
+MOST_RELEASE_FILES = 1000
+MOST_DOCUMENT_BYTES = 16 << 20
+# How the program that checks bundles ends, and what that means here.
+CHECK_REFUSALS = {1: "refused", 2: "bad-command", 3: "not-checked"}
+
+
+class Slot:
+    """What is installed for one application: releases, and a file that says which of them is used.
+
+    Below DIR/installed/<slot>:
+
+    * releases/<sequence>-<digest>/ is whole from the moment it has this name: its files were on the disk before.
+      installed.json in it says what it is and what its files are.
+    * current is a text of one or two lines, "releases/<name>": the first is the one that is used, the second the one
+      to go back to. It is replaced by a rename, so that whoever reads it finds the old text or the new one.
+    * staging (and .bundle-*) is what has no name yet, trash what has none any more; they go with the next installation.
+
+    A file and no symbolic link: FAT has none, and who has read a name once goes on with the files of one release,
+    whatever is installed meanwhile.
+    """
+
+    def __init__(self, root, name):
+        if not isinstance(name, str) or not SLOT.fullmatch(name):
+            raise Refusal(
+                "bad-command",
+                "%.100r is not the name of a slot: small letters, digits, '-' and '_', at most 64 of them" % (name,),
+            )
+        self.name, self.path = name, os.path.join(root, "installed", name)
+        self.releases = os.path.join(self.path, "releases")
+
+    def make(self):
+        """Make the folders; their names are on the disk afterwards."""
+        made, folder = [], self.releases
+        while not os.path.isdir(folder):
+            made.append(folder)
+            folder = os.path.dirname(folder)
+        for folder in reversed(made):
+            os.mkdir(folder, 0o700)
+            sync_folder(os.path.dirname(folder))
+
+    def clear(self):
+        """Delete what has no name yet or none any more: of an installation that was cut off."""
+        left = glob.glob(os.path.join(glob.escape(self.path), ".bundle-*"))
+        for path in [os.path.join(self.path, "staging"), os.path.join(self.path, "trash"), *left]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def release(self, name):
+        """Return the folder of a release.
+
+        Raises:
+            Refusal: no release may be called so, or there is none.
+        """
+        if not isinstance(name, str) or not RELEASE.fullmatch(name):
+            raise Refusal("bad-command", "%.100r is not the name of a release" % (name,))
+        path = os.path.join(self.releases, name)
+        if not os.path.isdir(path):
+            raise Refusal("not-installed", "the release %s is not in slot %s of the device" % (name, self.name))
+        return path
+
+    def pointed(self):
+        """Return the releases that `current` names: the one that is used first; empty where nothing is installed.
+
+        Raises:
+            Refusal: it does not say what it should, or names what is not there.
+        """
+        path = os.path.join(self.path, POINTER)
+        if not os.path.lexists(path):
+            return []
+        text = read_text(self.path, POINTER, LONGEST_TEXT) or ""
+        names = [line[len("releases/") :] for line in text.splitlines() if line.startswith("releases/")]
+        try:
+            for name in names:
+                self.release(name)
+        except Refusal:
+            names = []
+        if not 1 <= len(names) <= KEPT_RELEASES or len(names) != len(text.splitlines()):
+            raise Refusal(
+                "damaged",
+                "%s on the device does not say which release is used: it holds %.200r; delete it there, and install "
+                "again" % (path, text),
+            )
+        return names
+
+    def point(self, names):
+        """Have `current` name these releases, in one step that a power cut does not halve."""
+        path = os.path.join(self.path, POINTER)
+        part = path + ".part"
+        try:
+            with open(part, "w", encoding="ascii", newline="\n") as stream:
+                stream.write("".join("releases/%s\n" % name for name in names))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                os.unlink(part)
+            raise
+        sync_folder(self.path)
+
+    def names(self):
+        """Return every release that is here."""
+        found = os.listdir(self.releases) if os.path.isdir(self.releases) else []
+        return sorted(name for name in found if RELEASE.fullmatch(name))
+
+    def remove(self, name):
+        """Delete a release; it has lost its name before its first file goes."""
+        trash = os.path.join(self.path, "trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(self.release(name), trash)
+        sync_folder(self.releases)
+        shutil.rmtree(trash)
+
+    def prune(self):
+        """Delete the releases that `current` does not name."""
+        kept = self.pointed()
+        for name in self.names():
+            if name not in kept:
+                self.remove(name)
+
+    def settle(self, folder, receipt, beat):
+        """Give what was unpacked and is on the disk its name, and return that.
+
+        One of the same bundle that is here already stays, unless it was damaged: then it stays too, for it may be in
+        use, and the new one has another name.
+        """
+        called = "%d-%s" % (receipt["sequence"], receipt["manifest_sha256"][:8])
+        for number in range(1, 100):
+            name = called if number == 1 else "%s.%d" % (called, number)
+            path = os.path.join(self.releases, name)
+            if not os.path.lexists(path):
+                os.rename(folder, path)
+                sync_folder(self.releases)
+                return name
+            if self.receipt(name) == receipt and not damage_of(path, receipt["files"], beat):
+                return name
+        raise Refusal("device-io", "slot %s has a hundred releases called %s; delete some there" % (self.name, called))
+
+    def receipt(self, name):
+        """Return what installed.json of a release says; {} where it says nothing."""
+        return read_document(self.release(name), RECEIPT)
+
+
+def told_release(name, receipt):
+    """Return what the host is told of a release."""
+    words = ("bundle", "version", "cell", "file", "sha256", "manifest_sha256")
+    return dict(
+        {word: str(receipt.get(word) or "")[:1000] for word in words},
+        release=name,
+        sequence=int(name.partition("-")[0]),
+    )
+
+
+def read_document(folder, name):
+    """Return a JSON object that a file holds; {} where it holds none."""
+    try:
+        found = json.loads(read_text(folder, name, MOST_DOCUMENT_BYTES) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def described_files(folder, beat=lambda: None):
+    """Return {"a/b": [sha256, size]} of everything below a folder.
+
+    Raises:
+        Refusal: something there is neither a file nor a folder, or there is too much.
+    """
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in sorted(names) + links:
+            path = os.path.join(place, name)
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise Refusal("bad-archive", "%s is not a plain file" % path)
+            if len(found) >= MOST_RELEASE_FILES:
+                raise Refusal("bad-archive", "%s holds more than %d files" % (folder, MOST_RELEASE_FILES))
+            relative = os.path.relpath(path, folder).replace(os.sep, "/")
+            found[relative] = [digest_of(path, beat), os.path.getsize(path)]
+    return found
+
+
+def damage_of(folder, files, beat=lambda: None):
+    """Return which of the files that a receipt names are not what it says; "" when all are."""
+    if not isinstance(files, dict) or not files:
+        return RECEIPT
+    for name in sorted(files):
+        path = os.path.join(folder, member_name(tarfile.TarInfo(name)))
+        if not os.path.isfile(path) or [digest_of(path, beat), os.path.getsize(path)] != files[name]:
+            return name
+    return ""
+
+
+def sync_tree(folder, beat=lambda: None):
+    """Have everything below a folder survive a power cut."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            descriptor = os.open(os.path.join(place, name), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            beat()
+        sync_folder(place)
+
+
 class TensorFile:
     """A safetensors file with one tensor per model input; the first axis of each counts samples."""
 
@@ -1503,6 +1721,93 @@ class VisitChild:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def check(self, job, folder=""):
+        """Check a bundle with the program that was sent for it; unpack what it has of one cell.
+
+        A job is {"program", "bundle", "key": sha256, "cell": "", "min_sequence": n, "keep": [sha256 ...]}: without a
+        cell nothing is unpacked. The program is given the bundle, the key and what this machine is, and ends with 0
+        when the signature holds and the bundle is for us.
+
+        Args:
+            job: see above; files that `keep` names become objects, for the sessions of this host.
+            folder: where the cell is unpacked to; "": it is deleted when the answer is given.
+
+        Returns:
+            The release's receipt, and where below `folder` its files are; None and "" without a cell.
+
+        Raises:
+            Refusal: "refused" when there is evidence against the bundle, "not-checked" when it could not be checked.
+        """
+        kept = folder or os.path.join(self.root, "building", str(os.getpid()))
+        os.makedirs(os.path.dirname(kept), 0o700, exist_ok=True)
+        try:
+            told = self.checked_bundle(job, kept)
+            if not job.get("cell"):
+                return {"receipt": None, "folder": ""}
+            inside, receipt = self.received(told, kept)
+            for name, (digest, _) in receipt["files"].items():
+                if digest in job.get("keep", ()):
+                    self.adopt(os.path.join(kept, inside, name), digest)
+            return {"receipt": receipt, "folder": inside}
+        finally:
+            if not folder:
+                shutil.rmtree(kept, ignore_errors=True)
+
+    def checked_bundle(self, job, folder):
+        """Run the program that checks bundles, and return what it tells of this one."""
+        program, bundle, key = (object_path(self.root, job[name]) for name in ("program", "bundle", "key"))
+        # Its bytes and not its file: what is executed is what was checked.
+        source = VerifiedLoader(program, job["program"]).source
+        isa = read_facts()["isa"]
+        argv = [sys.executable, "-I", "-S", "-", os.path.abspath(bundle), "--key", os.path.abspath(key), "--json"]
+        argv += ["--machine", platform.machine(), "--min-sequence", str(int(job.get("min_sequence") or 0))]
+        argv += ["--isa=" + ",".join(isa)] if isa else []
+        argv += ["--cell=%s" % job["cell"], "--extract", os.path.abspath(folder)] if job.get("cell") else []
+        done = subprocess.run(argv, input=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        try:
+            told = json.loads(done.stdout.decode("utf-8"))
+            if done.returncode == 0:
+                return told
+            kind, reason = CHECK_REFUSALS[done.returncode], str(told["reason"])
+        except (ValueError, KeyError, TypeError):
+            kind = "not-checked"
+            tail = done.stderr.decode("utf-8", "replace").strip()[-LONGEST_TEXT:]
+            reason = "the program that checks bundles %s: %s" % (how_it_ended(done.returncode), tail)
+        raise Refusal(kind, reason)
+
+    def received(self, told, folder):
+        """Write down what was unpacked of a cell, and have it survive a power cut.
+
+        Returns:
+            Where below `folder` its files are, and the receipt that lies beside them.
+        """
+        (cell,) = told["cells"]
+        inside = os.path.dirname(member_name(tarfile.TarInfo(cell["artifact"])))
+        place = os.path.join(folder, inside)
+        receipt = {
+            "format": "edgedeploy.installed/1", "bundle": told["name"], "version": told["version"],
+            "sequence": int(told["sequence"]), "manifest_sha256": told["manifest_sha256"], "cell": cell["cell"],
+            "file": os.path.basename(cell["artifact"]), "sha256": cell["sha256"], "files": described_files(place),
+        }  # fmt: skip
+        with open(os.path.join(place, RECEIPT), "w", encoding="utf-8") as stream:
+            json.dump(receipt, stream, indent=1)
+        sync_tree(place)
+        return inside, receipt
+
+    def adopt(self, path, digest):
+        """Make a file an object too; the same bytes on the disk where its file system lets them have two names."""
+        kept = os.path.join(self.root, "objects", digest)
+        if os.path.isfile(kept) and digest_of(kept) == digest:
+            return
+        part = kept + ".part"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        try:
+            os.link(path, part)
+        except OSError:  # FAT has one name for a file
+            shutil.copyfile(path, part)
+        os.replace(part, kept)
+
     def keep(self, path):
         """Move a file to the objects; return its digest and size."""
         digest = digest_of(path)
@@ -1540,7 +1845,7 @@ def serve_visit(root, parent, cores):
     child = VisitChild(root, answers)
     verbs = {"open": child.open, "burst": child.burst, "memory": child.memory, "outputs": child.outputs,
              "profile": child.profile, "probe": child.probe, "build": child.build, "close": child.close,
-             "try_runtime": child.try_runtime}  # fmt: skip
+             "try_runtime": child.try_runtime, "check": child.check}  # fmt: skip
     with os.fdopen(commands, "r", encoding="utf-8") as lines:
         for line in lines:
             command = json.loads(line)
@@ -2656,7 +2961,9 @@ class Agent:
                  "probe": self.probe, "build": self.build, "close": self.close, "allow": self.allow,
                  "part": self.part, "space": self.space, "clean": self.clean, "install": self.install,
                  "runtimes": self.runtimes, "remove_runtime": self.remove_runtime,
-                 "try_runtime": self.try_runtime, "set": self.set, "cool": self.cool}  # fmt: skip
+                 "try_runtime": self.try_runtime, "set": self.set, "cool": self.cool,
+                 "check_bundle": self.check_bundle, "place": self.place, "placed": self.placed,
+                 "switch": self.switch, "rollback": self.rollback, "withdraw": self.withdraw}  # fmt: skip
         try:
             self.greet()
             if early:
@@ -2918,6 +3225,96 @@ class Agent:
     def build(self, visit, job, timeout_s):
         """Have a builder make files, in a process of its own."""
         return self.alone(visit, {"do": "build", "job": self.checked(job, "builder")}, timeout_s)
+
+    def check_bundle(self, visit, job, timeout_s):
+        """Check a bundle and keep what is asked for of one cell, in a process of its own."""
+        return self.alone(visit, {"do": "check", "job": self.checked(job, "program")}, timeout_s)
+
+    def place(self, visit, slot, job, timeout_s, allow_downgrade=False):
+        """Check a bundle and put what it has of a cell beside what is installed; nothing uses it yet.
+
+        What is older than what is used is refused, whatever the host has made of it.
+        """
+        place = Slot(self.root, slot)
+        place.make()
+        place.clear()
+        used = place.pointed()
+        if used and not allow_downgrade:
+            job = dict(job, min_sequence=max(int(job.get("min_sequence") or 0), int(used[0].partition("-")[0])))
+        staging = os.path.join(place.path, "staging")
+        command = {"do": "check", "job": self.checked(job, "program"), "folder": staging}
+        answer = self.alone(visit, command, timeout_s)
+        if not isinstance(answer["receipt"], dict):
+            raise Refusal("bad-command", "the host has not said which cell of the bundle is to be placed")
+        self.check()
+        name = place.settle(os.path.join(staging, answer["folder"]), answer["receipt"], self.beat)
+        place.clear()
+        return told_release(name, answer["receipt"])
+
+    def placed(self):
+        """Say what is installed."""
+        folder = os.path.join(self.root, "installed")
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return {"slots": [self.told_slot(name) for name in names if SLOT.fullmatch(name)][:MOST_SLOTS]}
+
+    def told_slot(self, name):
+        """Say what is installed in a slot, and what is wrong with it."""
+        place = Slot(self.root, name)
+        try:
+            used, problem = place.pointed(), ""
+        except Refusal as refusal:
+            used, problem = [], str(refusal)
+        return {
+            "slot": name,
+            "path": os.path.abspath(place.path),
+            "used": used,
+            "problem": problem,
+            "releases": [
+                dict(told_release(one, place.receipt(one)), size_bytes=tree_bytes(place.release(one)))
+                for one in place.names()
+            ],
+        }
+
+    def switch(self, slot, release):
+        """Have a release be the one that is used, in one step; the one that was used is kept, older ones go."""
+        place = Slot(self.root, slot)
+        self.demand_whole(place, release)
+        before = place.pointed()
+        names = [release, *(name for name in before if name != release)][:KEPT_RELEASES]
+        if names != before:
+            place.point(names)
+        place.prune()
+        return {"used": names}
+
+    def rollback(self, slot):
+        """Have the release be used that was used before."""
+        place = Slot(self.root, slot)
+        before = place.pointed()
+        if len(before) < 2:
+            has = "has %s and nothing before it to go back to" % before[0] if before else "has nothing installed"
+            raise Refusal("nothing-before", "slot %s of the device %s" % (slot, has))
+        self.demand_whole(place, before[1])
+        place.point(before[1:])
+        return {"used": before[1:], "left": before[0]}
+
+    def demand_whole(self, place, release):
+        """Refuse to use a release of which a file is not what it was when it was installed."""
+        damaged = damage_of(place.release(release), place.receipt(release).get("files"), self.beat)
+        if damaged:
+            raise Refusal(
+                "damaged",
+                "%s of release %s in slot %s is not what was installed; nothing was switched: install it again"
+                % (damaged, release, place.name),
+            )
+        self.check()  # reading may have taken longer than we had the device
+
+    def withdraw(self, slot, release):
+        """Delete a release that is not used, nor the one to go back to."""
+        place = Slot(self.root, slot)
+        if release in place.pointed():
+            raise Refusal("bad-command", "release %s of slot %s is used" % (release, slot))
+        place.remove(release)
+        return {}
 
     def alone(self, visit, command, timeout_s):
         """Start a visit for one command."""

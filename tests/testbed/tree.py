@@ -12,10 +12,10 @@ from .board import am_root, new_key
 from .cache import TestbedError, cache, digest, made_whole, only_one
 from .tools import TREE, Mirror, debian_mirror, install, program, run
 
-# Everything that a shell on the device needs, Python, sshd, and what wheels of runtimes link to.
+# Everything that a shell on the device needs, Python, sshd, openssl to check bundles, and what wheels of runtimes link to.
 PACKAGES = (
     "base-files,base-passwd,bash,busybox-static,coreutils,dash,debianutils,diffutils,findutils,grep,gzip,hostname,"
-    "iproute2,libc-bin,libgomp1,libstdc++6,login,mawk,mount,openssh-server,openssh-sftp-server,passwd,procps,"
+    "iproute2,libc-bin,libgomp1,libstdc++6,login,mawk,mount,openssh-server,openssh-sftp-server,openssl,passwd,procps,"
     "python3,sed,tar,util-linux,linux-image-cloud-arm64"
 )
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
