@@ -29,8 +29,9 @@ class Backend(Protocol):
 
     A back end does not hash, cache, log progress, choose paths, add flags or write manifests: the pipeline does. It may
     have `check(model, options)`, which is given the canonical model before anything is calibrated and raises what
-    `compile` would raise minutes later; and `device_runtimes`, DeviceRuntime records in the order of preference, where
-    its runtime can be put on a device from here.
+    `compile` would raise minutes later; `device_runtimes`, DeviceRuntime records in the order of preference, where its
+    runtime can be put on a device from here; and `profiled_layers(artifact, executed)`, which gives layers that its
+    session timed (name and kind of each) the names of the model.
 
     Attributes:
         name: folder, extra and --backend all use this one word.

@@ -57,6 +57,10 @@ class ToolEnvironment:
         """Whether this interpreter has the packages, so that no environment is needed."""
         return all(importlib.util.find_spec(name) is not None for name in self.modules)
 
+    def is_made(self) -> bool:
+        """Whether `python` would have nothing to install."""
+        return self.is_here() or self._is_complete()
+
     def versions(self) -> dict[str, str]:
         """Return distribution → version of everything that the converter runs on.
 

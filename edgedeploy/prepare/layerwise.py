@@ -37,6 +37,21 @@ class _Sums:
     error_squares: float = 0.0
 
 
+@dataclass(slots=True)
+class _Channels:
+    """Sums over the elements of each channel of a tensor."""
+
+    reference_squares: NDArray[np.float64]
+    products: NDArray[np.float64]
+    candidate_squares: NDArray[np.float64]
+
+    def error_squares(self) -> float:
+        """Return the sum of squared errors that is left when each channel is multiplied by its best factor."""
+        squares = self.candidate_squares
+        explained = np.divide(self.products**2, squares, out=np.zeros_like(squares), where=squares > 0)
+        return max(0.0, float(np.sum(self.reference_squares - explained)))
+
+
 def compare_layers(
     reference: ModelProto,
     candidate: ModelProto,
@@ -45,6 +60,7 @@ def compare_layers(
     *,
     names: tuple[str, str],
     limit: int = SAMPLES,
+    is_scale_free: bool = False,
 ) -> LayerComparison:
     """Compare every float tensor that exists in both graphs, each graph computed as it is written.
 
@@ -58,6 +74,8 @@ def compare_layers(
         inputs: of both graphs.
         names: what to call reference and candidate.
         limit: look at no more than so many samples.
+        is_scale_free: compare up to one factor for each channel, by which equalization rescales inner tensors on
+            purpose; the largest error is still that of the values as they are.
 
     Raises:
         ModelError: the graphs share no float tensor.
@@ -71,15 +89,20 @@ def compare_layers(
         raise ModelError(nothing)
     runners = [_with_outputs(graph, shared) for graph in (reference, candidate)]
     sums: dict[str, _Sums] = {}
+    channels: dict[str, _Channels] = {}
     seen = 0
     for batch in _pieces(samples, inputs, limit):
         expected, actual = (runner(batch) for runner in runners)
         for name in shared:
             if np.issubdtype(expected[name].dtype, np.floating):
                 _add(sums.setdefault(name, _Sums()), name, expected[name], actual[name], names)
+                if is_scale_free:
+                    _add_channels(channels, name, expected[name], actual[name])
         seen += len(next(iter(batch.values())))
     if not sums:
         raise ModelError(nothing)
+    for name, known in channels.items():
+        sums[name].error_squares = known.error_squares()
     layers = _layers(reference, operators, sums)
     worst = max(layers, key=lambda layer: layer.drop_db)  # the first of equals
     return LayerComparison(
@@ -130,6 +153,21 @@ def _add(total: _Sums, name: str, expected: NDArray[Any], actual: NDArray[Any], 
     total.max_abs = max(total.max_abs, float(np.abs(error).max(initial=0.0)))
     total.reference_squares += float(before @ before)
     total.error_squares += float(error @ error)
+
+
+def _add_channels(channels: dict[str, _Channels], name: str, expected: NDArray[Any], actual: NDArray[Any]) -> None:
+    """Add one batch; channels are the second axis of images, the last of sequences."""
+    axis = -1 if expected.ndim == 3 else min(1, expected.ndim - 1)
+    pair = [np.moveaxis(np.atleast_1d(values), axis, 0) for values in (expected, actual)]
+    before, after = (np.nan_to_num(one.astype(np.float64), posinf=0.0, neginf=0.0) for one in pair)
+    before, after = before.reshape(len(before), -1), after.reshape(len(after), -1)
+    made = [(first * second).sum(axis=1) for first, second in ((before, before), (before, after), (after, after))]
+    known = channels.setdefault(name, _Channels(*(np.zeros_like(part) for part in made)))
+    if known.products.shape != made[0].shape:  # an axis of another length in each batch is no axis of channels
+        raise ModelError(f"tensor {name!r} has another number of channels in each batch, so no factor can be told")
+    known.reference_squares += made[0]
+    known.products += made[1]
+    known.candidate_squares += made[2]
 
 
 def _layers(reference: ModelProto, operators: Mapping[str, str], sums: Mapping[str, _Sums]) -> tuple[LayerError, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ from edgedeploy.backends.mnn.contents import read_contents
 from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import CompileError
 from edgedeploy.records.artifact import LayerReport
+from edgedeploy.records.explanation import ProfiledLayer
 from edgedeploy.records.model import Model
 from edgedeploy.records.runtime import DeviceRuntime
 from edgedeploy.records.target import Precision, Target
@@ -117,6 +119,14 @@ class MnnBackend:
         contents = read_contents(artifact.read_bytes())
         with tempfile.TemporaryDirectory(prefix="edgedeploy-mnn-") as folder:
             return layer_report(contents, run_once(artifact, {}, Path(folder)).operators)
+
+    def profiled_layers(self, artifact: Path, executed: Sequence[tuple[str, str]]) -> tuple[ProfiledLayer, ...]:
+        """Return the layers that a session timed, in the names of the model that the file was made from."""
+        from edgedeploy.backends.mnn.profiled import profiled_layers
+        from edgedeploy.backends.mnn.report import origins_of
+
+        origins, _ = origins_of(read_contents(artifact.read_bytes()))
+        return profiled_layers(origins, executed)
 
 
 def _converted(prepared: Prepared, precision: Precision, folder: Path) -> bytes:

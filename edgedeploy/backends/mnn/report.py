@@ -18,7 +18,7 @@ ORIGINS = "edgedeploy.origins"
 # How the runtime marks what it executes on integers.
 _INTEGERS = re.compile(r"\s*\[\s*DT_INT8\s*\]\s*$")
 # What only moves or converts values, or counts sizes: it neither is quantized nor an island.
-_MOVES = frozenset({
+MOVES = frozenset({
     "Raster", "ConvertTensor", "FloatToInt8", "Int8ToFloat", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
     "Transpose", "Permute", "Const", "Shape", "Size", "Rank", "Input", "Slice", "SliceTf", "StridedSlice", "Gather",
     "GatherV2", "GatherND", "Unpack", "Pack", "Tile", "BroadcastTo", "ExpandDims", "Range", "Fill", "Identity", "While",
@@ -49,13 +49,13 @@ def layer_report(contents: Contents, executed: Sequence[tuple[str, str]]) -> Lay
         contents: the file.
         executed: name and type of each operator, as the runtime called them.
     """
-    origins, small = _origins(contents)
+    origins, small = origins_of(contents)
     counts = Counter(_INTEGERS.sub("", kind).strip() for _, kind in executed)
     quantized: list[str] = []
     floats: list[str] = []
     for name, kind in executed:
         plain = _INTEGERS.sub("", kind).strip()
-        if plain not in _MOVES:
+        if plain not in MOVES:
             label = f"{plain} {origins[name][0] if name in origins else name}"
             (quantized if plain != kind.strip() else floats).append(label)
     has_integers = bool(quantized) or any(
@@ -79,7 +79,7 @@ class _Noted(msgspec.Struct, frozen=True):
     small: list[str] = []
 
 
-def _origins(contents: Contents) -> tuple[Origins, list[str]]:
+def origins_of(contents: Contents) -> tuple[Origins, list[str]]:
     """Return what `note_origins` wrote; nothing of a file that another program made."""
     try:
         found = msgspec.json.decode(contents.metadata.get(ORIGINS, "{}"), type=_Noted)

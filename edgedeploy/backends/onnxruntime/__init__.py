@@ -7,12 +7,14 @@ import importlib.util
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgedeploy.backends.toolenv import ToolEnvironment
 from edgedeploy.errors import BackendMissing, CompileError
 from edgedeploy.records.artifact import LayerReport
+from edgedeploy.records.explanation import ProfiledLayer
 from edgedeploy.records.model import Model
 from edgedeploy.records.runtime import DeviceRuntime
 from edgedeploy.records.target import Precision, Target
@@ -157,6 +159,18 @@ class OnnxRuntimeBackend:
             float_islands=islands if is_int8 else (),
             scales=_scales_in(graph, _quantized_by(source.graph)),
             expanded=_expanded(source.graph, graph),
+        )
+
+    def profiled_layers(self, artifact: Path, executed: Sequence[tuple[str, str]]) -> tuple[ProfiledLayer, ...]:
+        """Return the layers that a session timed, in the names of the artifact's own graph."""
+        import onnx
+
+        from edgedeploy.backends.onnxruntime.profiled import profiled_layers
+
+        source = onnx.load(str(artifact))
+        graph = _optimized(source, artifact.read_bytes(), self.name).graph
+        return profiled_layers(
+            source.graph, graph, executed, integers=frozenset(_INTEGER_OPERATORS), floats=_float_nodes(graph)
         )
 
 
