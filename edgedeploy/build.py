@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -171,6 +172,17 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     return Built(artifact, folder, is_cached=False)
 
 
+def recipe_of(request: BuildRequest) -> Recipe:
+    """Return what would decide the bytes of an artifact, without building it.
+
+    Raises:
+        UsageError: a file or name is wrong, or the target does not allow it.
+    """
+    runtime, target = backend(request.backend), this_target(request.target)
+    rules = _rules(runtime, target, request.precision)
+    return _recipe(request, runtime, target, {**rules.options, **request.options})
+
+
 def load_artifact(folder: Path) -> Built:
     """Read a folder that `compile` wrote.
 
@@ -183,6 +195,8 @@ def load_artifact(folder: Path) -> Built:
     if artifact.golden is not None:
         described |= {golden.INPUTS: artifact.golden.inputs_sha256, golden.OUTPUTS: artifact.golden.outputs_sha256}
     for name, digest in described.items():
+        if Path(name).name != name:
+            raise DocumentError(f"{manifest} describes {name!r}, which is no file beside it; compile again")
         file = manifest.parent / name
         if not file.is_file():
             raise DocumentError(f"{manifest} describes {name}, which is not beside it; compile again")
@@ -207,7 +221,7 @@ def _proven(runtime: Backend, target: Target, artifact: Artifact, folder: Path, 
     """Return the artifact with what it answered to its golden inputs here, or a note that says why it was not asked."""
     if artifact.golden is None or runtime.builds_on == "device":
         return artifact
-    is_this_machine = is_target(target, machine=platform.machine(), isa=_this_isa())
+    is_this_machine = is_target(target, machine=platform.machine(), isa=this_isa())
     if artifact.recipe.precision == "int8" and not (is_this_machine or runtime.int8_is_portable):
         why = f"int8 kernels are not those of {target.name}"
     else:
@@ -235,11 +249,12 @@ def _advice(request: BuildRequest, target: Target) -> str:
 
 def this_target(name: str) -> Target:
     """Read a target, resolving `host` to what this machine is."""
-    return load_target(name, machine=platform.machine(), isa=_this_isa())
+    return load_target(name, machine=platform.machine(), isa=this_isa())
 
 
 @cache
-def _this_isa() -> frozenset[str]:
+def this_isa() -> frozenset[str]:
+    """Return what this machine's processor has, as /proc/cpuinfo spells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -323,6 +338,20 @@ def stored_artifact(folder: Path, key: str) -> Artifact | None:
     except DocumentError:
         return None
     return built.artifact if built.artifact.key == key else None
+
+
+def artifact_in_cache(key: str, sha256: str) -> Built | None:
+    """Return the artifact of these bytes that was built here by this recipe, or None where the cache lost it.
+
+    Args:
+        key: of the recipe, as a run or a bundle from anywhere may say it.
+        sha256: of the binary: a recipe of the same name may have given other bytes since.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", key) is None:
+        return None
+    folder = cache_dir() / "artifacts" / key
+    stored = stored_artifact(folder, key)
+    return Built(stored, folder, is_cached=True) if stored is not None and stored.sha256 == sha256 else None
 
 
 class staging:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,8 @@ from edgedeploy.journal import (
     SessionStep,
     SessionStored,
 )
+from edgedeploy.judge.percentiles import samples_for
+from edgedeploy.judge.planning import policy_of
 from edgedeploy.lab import health
 from edgedeploy.lab.inventory import LOCAL
 from edgedeploy.measure import (
@@ -230,6 +232,7 @@ class Work:
         requests: how each is built.
         devices: it is measured on one of these.
         spares: of the same kind; used when none of `devices` is.
+        sentinels: back end → the sentinel as it compiled it for the target.
     """
 
     cell: str
@@ -238,6 +241,7 @@ class Work:
     devices: tuple[str, ...]
     spares: tuple[str, ...]
     limits: ConditionLimits
+    sentinels: Mapping[str, Built] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -710,7 +714,7 @@ class _Dispatcher:
         order = SessionOrder(
             cell=job.work.cell,
             request=self._request(place, job),
-            policy=terms.policy,
+            policy=policy_of(terms.policy, job.work.cell),
             cells=len(self._jobs),
             results=terms.results,
             journal=terms.journal,
@@ -731,10 +735,12 @@ class _Dispatcher:
             device=place.device,
             limits=job.work.limits,
             evaluation=terms.evaluation,
-            blocks=terms.policy.max_blocks,
+            blocks=policy_of(terms.policy, job.work.cell).max_blocks,
             seed=terms.seed,
             wait_s=self._wait_s(place, job),
             reconnect_s=terms.reconnect_s,
+            sentinels=job.work.sentinels,
+            least_samples=samples_for(terms.policy.margins),
         )
 
     def _abandon(self, job: _Job, session: SessionHistory, request: MeasureRequest) -> None:

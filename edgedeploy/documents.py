@@ -322,3 +322,9 @@ def _at_line(text: str, where: Path_) -> str:
 def line_of(path: Path, *where: str | int) -> str:
     """Return 'FILE, line N' for a key of a TOML file that has already been read: for errors found after parsing."""
     return f"{path}{_at_line(_read_text(path), where)}"
+
+
+def line_number(path: Path, *where: str | int) -> int:
+    """Return the line of a key of a TOML file that has already been read; 1 where the text does not show it."""
+    found = _at_line(_read_text(path), where)
+    return int(found.removeprefix(", line ")) if found else 1

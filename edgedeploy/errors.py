@@ -20,9 +20,11 @@ Whose fault an error is decides its class, so that a script can decide from the 
     │   ├── DeviceBusy          3   another lease holds it
     │   ├── LeaseLost           3   we held it, and lost it
     │   └── VisitFailed         3   the runner or its child died, hung or refused
+    ├── StoreError              3   the database that history is kept in
+    ├── BundleRefused           1   there is evidence against a bundle: changed, signed by others, not for this device
     └── InternalError          70   us
 
-Exit code 1 (the gate says no) and 4 (inconclusive) are verdicts, not errors.
+Exit code 1 of the gate (it says no) and 4 (inconclusive) are verdicts, not errors.
 """
 
 from __future__ import annotations
@@ -150,6 +152,16 @@ class VisitFailed(DeviceError):
     def __init__(self, message: str, *, kind: str = "") -> None:
         self.kind = kind
         super().__init__(message)
+
+
+class StoreError(EdgedeployError):
+    """The database that history is kept in cannot be reached, read or written."""
+
+
+class BundleRefused(EdgedeployError):
+    """There is evidence against a bundle: it was changed, signed by somebody else, or is not for this device."""
+
+    exit_code = 1
 
 
 class InternalError(EdgedeployError):

@@ -51,6 +51,7 @@ class Planned(Record, frozen=True, kw_only=True, tag_field="record", tag="planne
     Attributes:
         cells: all that it will judge.
         names, targets, backends, device: as the person gave them.
+        against_itself: whether each candidate is its own baseline; blocks: cell → its most blocks, by a time budget.
         edgedeploy: its version; code: file that decides a number → its digest.
     """
 
@@ -68,6 +69,8 @@ class Planned(Record, frozen=True, kw_only=True, tag_field="record", tag="planne
     seed: int = 0
     rebuild: bool = False
     trust_pickle: bool = False
+    against_itself: bool = False
+    blocks: dict[str, int] = {}
     edgedeploy: str
     code: dict[str, str]
 

@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from edgedeploy.errors import (
     UsageError,
     VisitFailed,
 )
-from edgedeploy.judge.scores import score
+from edgedeploy.judge.scores import class_labels, predictions, score
 from edgedeploy.lab import bundle, provision, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import open_transport
@@ -50,6 +50,7 @@ from edgedeploy.records.session import (
     MemoryMeasured,
     OperatorsTimed,
     OutputsComputed,
+    SentinelVisited,
     Shipped,
     SideBegun,
     Step,
@@ -72,6 +73,8 @@ _LOSSES_ALLOWED = 1
 # A board boots in a minute, and a lease that its dead holder does not renew expires in one.
 RECONNECT_S = 180.0
 _BETWEEN_ATTEMPTS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+# Enough for the median of a network that takes about a millisecond on a server; a visit is mostly its process's start.
+SENTINEL = Schedule(bursts_per_visit=8, samples_per_burst=10, bursts_cap_s=0.3, lead_in=0, warm_up_cap_s=0.3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,8 @@ class MeasureRequest:
         is_profiled: time single operators too, in a pass of their own.
         wait_s: how long to queue for a device that somebody else holds.
         reconnect_s: how long a device that was lost in the middle is waited for.
+        least_samples: of a visit: what the percentiles need that are judged.
+        sentinels: back end → the sentinel as it compiled it; the sides' own are visited at both ends of the session.
     """
 
     sides: tuple[tuple[str, Built], ...]
@@ -107,6 +112,8 @@ class MeasureRequest:
     seed: int = 0
     wait_s: float = 0.0
     reconnect_s: float = RECONNECT_S
+    sentinels: Mapping[str, Built] = field(default_factory=dict)
+    least_samples: int = visits.LEAST_SAMPLES
 
 
 class MeasurementInterrupted(DeviceError):
@@ -213,6 +220,40 @@ def measure(
     return known.runs()
 
 
+class Held:
+    """A device that is held for what is no run of a gate, with everything on it that the sides of a request need.
+
+    Attributes:
+        sides: as the request has them.
+        schedule: how a gate would measure these sides.
+    """
+
+    def __init__(self, worker: _Worker, agent: Agent, transport: Transport) -> None:
+        self.agent, self.sides, self.schedule = agent, worker.sides, worker.schedule
+        self._worker, self._transport = worker, transport
+
+    def outputs(self, number: int) -> Outputs:
+        """Compute a side's answers to the evaluation set; they are kept in the cache."""
+        return self._worker.outputs(number, self.agent, self._transport).outputs
+
+
+@contextmanager
+def held(request: MeasureRequest, progress: Progress) -> Iterator[Held]:
+    """Reach a device, hold it, ship what is missing there, and compare the sides' answers with their golden ones.
+
+    Args:
+        request: sides, device, evaluation set and seed.
+        progress: told what happens.
+
+    Raises:
+        DeviceError: it cannot be reached, is held by somebody else, or failed.
+        FidelityError: an artifact does not answer there what its model answers.
+    """
+    worker = _Worker(Session(request, secrets.token_hex(8)), lambda runs: False, progress, _forget, Stop())
+    with worker.held() as (agent, transport):
+        yield Held(worker, agent, transport)
+
+
 # ---------------------------------------------------------------- the session as a fold over its steps
 
 
@@ -234,16 +275,26 @@ class _SideState:
     events: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _SentinelState:
+    """What the sentinel of one back end has said so far; `has_begun` and `has_ended` also where its visit failed."""
+
+    built: Built
+    visits: list[Visit] = field(default_factory=list)
+    has_begun: bool = False
+    has_ended: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Todo:
     """What comes next in a session.
 
     Attributes:
-        number: of the side, or of the block.
+        number: of the side, of the sentinel, or of the block.
         is_look: whether the session may be decided before it.
     """
 
-    what: Literal["golden", "outputs", "memory", "operators", "block"]
+    what: Literal["golden", "outputs", "memory", "operators", "sentinel", "block"]
     number: int
     is_look: bool = False
 
@@ -253,11 +304,15 @@ class Session:
 
     def __init__(self, request: MeasureRequest, name: str) -> None:
         self.request, self.name = request, name
-        self.schedule = request.schedule or _usual_schedule([built for _, built in request.sides])
+        usual = request.schedule or _usual_schedule([built for _, built in request.sides])
+        self.schedule = _with_samples(usual, request.least_samples)
         roles: tuple[Literal["single", "baseline", "candidate"], ...] = (
             ("single",) if len(request.sides) == 1 else ("baseline", "candidate")
         )
         self.states = [_SideState(role, cell, built) for role, (cell, built) in zip(roles, request.sides, strict=True)]
+        wanted = dict.fromkeys(built.artifact.recipe.backend for _, built in request.sides)
+        compiled = request.sentinels if request.device.sentinel else {}
+        self.sentinels = {name: _SentinelState(compiled[name]) for name in wanted if name in compiled}
         self.begun: Begun | None = None
         self.boot_id = ""
         self.blocks, self.failures = 0, 0
@@ -282,8 +337,19 @@ class Session:
                 state = self.states[step.side]
                 state.layer_times, state.is_profiled = step.layers, True
                 state.events += [step.event] if step.event else []
+            case SentinelVisited():
+                self._note_sentinel(step)
             case BlockEnded():
                 self._end_block(step)
+
+    def _note_sentinel(self, step: SentinelVisited) -> None:
+        if step.event:
+            self._tell(step.event)
+        known = list(self.sentinels.values())
+        if step.number < len(known):  # the lab file may have been told meanwhile to do without
+            state = known[step.number]
+            state.has_begun, state.has_ended = True, state.has_ended or step.is_end
+            state.visits += [step.visit] if step.visit is not None else []
 
     def _end_block(self, step: BlockEnded) -> None:
         for taken in step.taken:
@@ -319,16 +385,29 @@ class Session:
             for number, state in enumerate(self.states):
                 if not state.is_profiled:
                     return Todo("operators", number)
+        if self.blocks == 0:
+            for number, sentinel in enumerate(self.sentinels.values()):
+                if not sentinel.has_begun:
+                    return Todo("sentinel", number)
         if self.blocks < request.blocks:
             return Todo("block", self.blocks, is_look=self.blocks > 0)
+        return self.last()
+
+    def last(self) -> Todo | None:
+        """Return what is left when no more blocks are wanted: the other end of what the sentinel began."""
+        for number, sentinel in enumerate(self.sentinels.values()):
+            if self.blocks > 0 and sentinel.has_begun and not sentinel.has_ended:
+                return Todo("sentinel", number)
         return None
+
+    def todo(self, is_decided: Callable[[tuple[Run, ...]], bool]) -> Todo | None:
+        """Return what is to be done next, where the session may be decided before it; None when nothing is."""
+        todo = self.next()
+        return self.last() if todo is not None and todo.is_look and is_decided(self.runs()) else todo
 
     def is_over(self, is_decided: Callable[[tuple[Run, ...]], bool]) -> bool:
         """Say whether nothing is left to be measured."""
-        if self.begun is None:
-            return False
-        todo = self.next()
-        return todo is None or (todo.is_look and is_decided(self.runs()))
+        return self.begun is not None and self.todo(is_decided) is None
 
     def block_ended(self, taken: Sequence[Taken], error: DeviceError | None) -> BlockEnded:
         """Return the step that ends the current block."""
@@ -353,7 +432,7 @@ class Session:
                 session=begun.session,
                 cell=state.cell,
                 side=state.role,
-                artifact=_reference(state.built.artifact),
+                artifact=artifact_reference(state.built.artifact),
                 device=begun.device,
                 facts=begun.facts,
                 runtime=state.runtime,
@@ -368,10 +447,13 @@ class Session:
                 events=tuple(state.events),
                 settings_applied=begun.settings_applied,
                 settings_refused=begun.settings_refused,
+                sentinel=tuple(sentinel.visits) if sentinel else (),
+                sentinel_sha256=sentinel.built.artifact.sha256 if sentinel and sentinel.visits else "",
                 edgedeploy=edgedeploy.__version__,
                 runner_sha256=begun.runner_sha256,
             )
             for state in self.states
+            for sentinel in (self.sentinels.get(state.built.artifact.recipe.backend),)
         )
 
 
@@ -401,11 +483,14 @@ class _Worker:
         self._samples: list[Samples] = []
         self._sides: list[Side] = []
         self._files: dict[str, Path] = {}
+        self._sentinels: list[Side] = []
 
     def measure(self) -> None:
         """Do everything that is left, over as many connections as it takes."""
         session = self._session
         losses, why = 0, "by another process" if session.begun is not None else ""
+        if why:
+            self._forgo_sentinel("the session had been measured by another process")
         while not session.is_over(self._is_decided):
             if session.fatal:
                 raise DeviceError(session.fatal)
@@ -415,6 +500,8 @@ class _Worker:
                     self._ship(agent, transport)
                     self._work(agent, transport)
             except DeviceError as error:
+                if not self._stop.is_requested and self._forgo_sentinel(_first_line(error)):
+                    continue
                 # A file that did not arrive may have met a link that broke, which shows when we connect again.
                 may_be_lost = is_lost(error) or isinstance(error, TransferError)
                 if self._stop.is_requested or session.begun is None or not may_be_lost:
@@ -474,6 +561,44 @@ class _Worker:
                     break
             yield agent, transport
 
+    def _forgo_sentinel(self, reason: str) -> bool:
+        """Do without the sentinel's last visit where nothing else is left, for no device is worth reaching for it."""
+        session, was_left = self._session, False
+        while session.sentinels and session.begun is not None and session.blocks > 0 and not session.fatal:
+            todo = session.todo(self._is_decided)
+            if todo is None or todo.what != "sentinel":
+                break
+            event = f"the sentinel was not visited after the last block: {reason}"
+            self._did(SentinelVisited(number=todo.number, is_end=True, visit=None, event=event))
+            was_left = True
+        return was_left
+
+    @property
+    def sides(self) -> Sequence[Side]:
+        """What is on the device; known once it was reached."""
+        return self._sides
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the sides are measured."""
+        return self._session.schedule
+
+    @contextmanager
+    def held(self) -> Iterator[tuple[Agent, Transport]]:
+        """Hold the device, have everything there, and see that both sides answer what their models answer."""
+        with self._reached(is_patient=False) as (agent, transport), self._advising():
+            self._greet(agent, "")
+            self._ship(agent, transport)
+            for number, state in enumerate(self._session.states):
+                if state.built.artifact.golden is not None:
+                    self._did(self._about_side(Todo("golden", number), agent, transport))
+            yield agent, transport
+
+    def outputs(self, number: int, agent: Agent, transport: Transport) -> OutputsComputed:
+        """Compute a side's answers to the evaluation set."""
+        self._progress(f"{self._sides[number].cell}: computing the evaluation set's outputs")
+        return self._outputs(number, agent, transport)
+
     def _did(self, step: Step) -> None:
         """Write a step down, then believe it."""
         self._keep(step)
@@ -484,7 +609,9 @@ class _Worker:
         session = self._session
         if not self._sides:
             self._prepare()
+            self._prepare_sentinels()
         self._choose_runtimes(agent)
+        self._sentinels = [replace(one, runtime=self._runtime_of(one)) for one in self._sentinels]
         sides = tuple(
             SideBegun(
                 cell=side.cell,
@@ -549,6 +676,30 @@ class _Worker:
             if artifact.golden is not None:
                 self._files[artifact.golden.inputs_sha256] = state.built.folder / golden.INPUTS
 
+    def _prepare_sentinels(self) -> None:
+        """Name what the sentinels need on the device; they are fed the same samples in every session."""
+        for name, state in self._session.sentinels.items():
+            artifact, session = state.built.artifact, session_file(name)
+            inputs = _inputs_file(random_samples(artifact.inputs, inference_batch(artifact.inputs), seed=0))
+            side = Side(
+                cell=f"sentinel of {name}",
+                artifact_sha256=artifact.sha256,
+                session_sha256=sha256_file(session),
+                options=session_options(artifact),
+                inputs_sha256=sha256_file(inputs),
+                batch=inference_batch(artifact.inputs),
+            )
+            self._sentinels.append(side)
+            self._files |= {
+                side.session_sha256: session,
+                side.artifact_sha256: state.built.file,
+                side.inputs_sha256: inputs,
+            }
+
+    def _runtime_of(self, sentinel: Side) -> str:
+        """Return the provisioned runtime that the sides of a sentinel's back end are opened with."""
+        return next(side.runtime for side in self._sides if side.session_sha256 == sentinel.session_sha256)
+
     def _choose_runtimes(self, agent: Agent) -> None:
         """Open each side with the runtime that was provisioned for it, where one is installed.
 
@@ -603,13 +754,13 @@ class _Worker:
             FidelityError: an artifact does not answer here what its model answers; nothing of it is worth measuring.
         """
         session = self._session
-        while (todo := session.next()) is not None:
+        while (todo := session.todo(self._is_decided)) is not None:
             if self._stop.is_requested:
                 raise Stopped
-            if todo.is_look and self._is_decided(session.runs()):
-                return
             if todo.what == "block":
                 self._block(agent, todo.number)
+            elif todo.what == "sentinel":
+                self._did(self._sentinel(agent, todo.number))
             else:
                 self._did(self._about_side(todo, agent, transport))
 
@@ -638,6 +789,17 @@ class _Worker:
             if error.kind != "not-available":
                 raise
             return OperatorsTimed(side=number, layers=(), event=str(error))
+
+    def _sentinel(self, agent: Agent, number: int) -> SentinelVisited:
+        """Visit a sentinel; one that fails says nothing of the board, and stops nothing."""
+        session, is_end = self._session, self._session.blocks > 0
+        block = session.blocks if is_end else -1
+        try:
+            (measured,) = visits.measure_block(agent, [self._sentinels[number]], SENTINEL, block=block, seed=0)
+        except VisitFailed as error:
+            event = f"the visit of the {self._sentinels[number].cell} failed: {_first_line(error)}"
+            return SentinelVisited(number=number, is_end=is_end, visit=None, event=event)
+        return SentinelVisited(number=number, is_end=is_end, visit=visits.mark(measured.visit, self._request.limits))
 
     def _block(self, agent: Agent, number: int) -> None:
         """Measure one block; what it had measured when it failed is kept, marked as dropped."""
@@ -688,6 +850,8 @@ class _Worker:
             scores=scores,
             value=sum(scores) / len(scores) if scores else None,
             is_repeatable=answer.is_repeatable,
+            labels=class_labels(evaluation.metric, samples.labels),
+            predictions=predictions(evaluation.metric, chosen),
         )
         return OutputsComputed(side=number, outputs=outputs, runtime=answer.runtime, boundary=answer.boundary)
 
@@ -710,6 +874,14 @@ def _usual_schedule(sides: Sequence[Built]) -> Schedule:
         return Schedule()
     threads = [built.artifact.recipe.options.get("threads", 1) for built in sides]
     return DUET if all(count == 1 for count in threads) else Schedule(interleave="visits")
+
+
+def _with_samples(schedule: Schedule, least: int) -> Schedule:
+    """Return a schedule whose visits have at least so many samples, however slow the model is."""
+    if least <= schedule.least_samples:
+        return schedule
+    bursts = max(schedule.bursts_per_visit, -(-least // schedule.samples_per_burst))
+    return replace(schedule, bursts_per_visit=bursts, least_samples=least)
 
 
 @contextmanager
@@ -744,7 +916,8 @@ def _inputs_file(samples: Samples) -> Path:
     return path
 
 
-def _reference(artifact: Artifact) -> ArtifactReference:
+def artifact_reference(artifact: Artifact) -> ArtifactReference:
+    """Return what a run keeps of the artifact that it measured."""
     recipe = artifact.recipe
     return ArtifactReference(
         name=artifact.name,

@@ -6,9 +6,10 @@ model ─ build: load, export, simplify, quantize, emit, compile ─▶ artifact
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Literal
 import msgspec
 
 import edgedeploy
+from edgedeploy import passports
 from edgedeploy.arguments import (
     ALL,
     DEFAULT_MARGINS,
@@ -36,14 +38,16 @@ from edgedeploy.build import (
     BuildRequest,
     Built,
     Progress,
+    artifact_in_cache,
     build,
     canonical_model,
     deliver,
     load_artifact,
+    stored_artifact,
     this_target,
 )
 from edgedeploy.dispatch import Dispatched, Ended, Occupied, Terms, Work, dispatch
-from edgedeploy.documents import closest, write_json
+from edgedeploy.documents import closest, encode_json, line_number, read_json, write_json
 from edgedeploy.engines import engine, is_tied_to_device
 from edgedeploy.errors import (
     BackendMissing,
@@ -54,24 +58,32 @@ from edgedeploy.errors import (
     ToolchainError,
     UsageError,
 )
+from edgedeploy.explain import CAP_S, PASSES, ExplainRequest, explained
+from edgedeploy.explain import explain as find_reasons
 from edgedeploy.journal import Finished, History, Journal, Planned, PlannedCell, Resumed, history, unfinished
 from edgedeploy.journal import named as named_journal
 from edgedeploy.journal import start as start_journal
+from edgedeploy.judge.percentiles import samples_for
+from edgedeploy.judge.planning import blocks_by_cell
 from edgedeploy.lab.inventory import LOCAL, lab_path, load_lab
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
 from edgedeploy.records.artifact import Artifact, OptionValue
 from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.device import Device, Lab
+from edgedeploy.records.explanation import Explanation
 from edgedeploy.records.model import Model, TensorSpec
 from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
 from edgedeploy.records.sensitivity import Sensitivity
 from edgedeploy.records.target import ConditionLimits, Precision, Target
+from edgedeploy.records.verdict import FORMAT as VERDICT_FORMAT
 from edgedeploy.records.verdict import CellVerdict, Contender, LedgerEntry, Policy, Verdict
+from edgedeploy.render.commands import command_line
+from edgedeploy.render.noise import plan_lines
 from edgedeploy.results import Results, load_run, utc_now
-from edgedeploy.storage import cache_dir, sha256_file, write_atomic
+from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file, write_atomic
 
 # What a verb takes for a file or a folder; a relative one starts at the working directory.
 AnyPath = str | Path
@@ -110,6 +122,7 @@ class Outcome:
         other_runtimes: back ends of the candidates' targets that no cell was made for.
         journal: name of the run, to go on with it; results: where its runs are.
         occupied: when which device was at work.
+        release: the release file that it is of; None: of none, or that is not known.
     """
 
     verdict: Verdict
@@ -121,6 +134,7 @@ class Outcome:
     journal: str = ""
     results: Path | None = None
     occupied: tuple[Occupied, ...] = ()
+    release: Path | None = None
 
 
 # ---------------------------------------------------------------- the whole spine
@@ -142,6 +156,9 @@ def run(
     resume: str = "",
     executor: Executor | None = None,
     builders: int = 1,
+    is_explained: bool = True,
+    budget_s: float = 0.0,
+    against_itself: bool = False,
     progress: Progress = _silent,
 ) -> Outcome:
     """Build, measure and judge every candidate cell of a release file, each on a free device of its own or its kind.
@@ -161,6 +178,10 @@ def run(
             what is done is as it was then.
         executor: where builds and sessions run; None: in this process.
         builders: builds at a time on an executor.
+        is_explained: look for the reason at once where a latency or the accuracy of a cell failed.
+        budget_s: how long each device may measure; it decides the most blocks of each cell, before any of them is
+            measured. 0: the release file decides.
+        against_itself: judge every candidate against itself, which shows how often the gate raises false alarms.
 
     Raises:
         UsageError: the release file, a name or a file in it is wrong, or a run cannot go on because something changed.
@@ -180,12 +201,27 @@ def run(
     lab_file = lab_path(_path(lab))
     inventory = load_lab(lab_file)
     chosen = _chosen_cells(release_file, release, cells, targets, backends)
+    if against_itself or (known is not None and known.planned.against_itself):
+        chosen = dataclasses.replace(chosen, pairs=[(one, _again(one)) for one, _ in chosen.pairs])
     for one in chosen.absent:
         progress(f"{one.cell}: left out: {one.absent}")
     works = [
         _work(release_file, release, candidate, baseline, inventory, device, rebuild, trust_pickle)
         for candidate, baseline in chosen.pairs
     ]
+    works = [_with_sentinels(work, inventory, progress) for work in works]
+    terms = Terms(
+        policy=policy,
+        evaluation=_evaluation(release_file, release),
+        seed=seed,
+        results=Path(results),
+        rebuild=rebuild,
+        wait_s=wait_s,
+    )
+    if known is not None:
+        policy = msgspec.structs.replace(policy, blocks=known.planned.blocks)
+    elif budget_s:
+        policy = _within_budget(works, inventory, terms, budget_s, executor, builders, progress)
     if known is None:
         for earlier in unfinished(release_file)[:1]:
             progress(f"an earlier run of this file stopped in the middle: edgedeploy run --resume {earlier.name}")
@@ -213,19 +249,13 @@ def run(
                     seed=seed,
                     rebuild=rebuild,
                     trust_pickle=trust_pickle,
+                    against_itself=against_itself,
+                    blocks=policy.blocks,
                     edgedeploy=edgedeploy.__version__,
                     code=_deciding_code(),
                 )
             )
-        terms = Terms(
-            policy=policy,
-            evaluation=_evaluation(release_file, release),
-            seed=seed,
-            results=Path(results),
-            journal=journal,
-            rebuild=rebuild,
-            wait_s=wait_s,
-        )
+        terms = dataclasses.replace(terms, policy=policy, journal=journal)
         try:
             done = dispatch(
                 works, inventory.devices, terms, known=known, executor=executor, builders=builders, progress=progress
@@ -233,7 +263,92 @@ def run(
         except KeyboardInterrupt:
             progress(f"interrupted; to go on with it: edgedeploy run --resume {journal.name}")
             raise
-        return _concluded(release_file, release, policy, chosen, done, journal, Path(results), progress)
+        outcome = _concluded(release_file, release, policy, chosen, done, journal, Path(results), progress)
+        options = {"cell": cells, "targets": ",".join(targets), "backends": ",".join(backends), "device": device}
+        places = {"seed": seed, "trust-pickle": trust_pickle, "lab": lab, "results": _unusual(results, "bench_results")}
+        how = {"budget": f"{budget_s:g}s" if budget_s else "", "aa": against_itself}
+        verb = "gate" if against_itself else "run"
+        outcome = _made_by(outcome, command_line(verb, [release_file], {**options, **places, **how}))
+        if not is_explained:
+            return outcome
+
+        def to_explain(cell: CellVerdict, metrics: tuple[str, ...]) -> ExplainRequest:
+            names = (cell.baseline_cell, cell.cell)
+            before, after = (_in_cache(outcome.artifacts[name].key, name) for name in names)
+            session = MeasureRequest(
+                sides=((names[0], before), (names[1], after)),
+                device_name=cell.device,
+                device=device_of(inventory, cell.device),
+                limits=_limits(cell.target),
+                evaluation=terms.evaluation,
+                blocks=policy.max_blocks,
+                seed=terms.seed,
+                wait_s=wait_s,
+            )
+            return _to_explain(session, outcome, cell, metrics)
+
+        verdict = explained(outcome.verdict, to_explain, Results(Path(results)), progress)
+        return dataclasses.replace(outcome, verdict=verdict)
+
+
+def _again(cell: CellEntry) -> CellEntry:
+    """Return a cell under another name, to be its own baseline."""
+    return msgspec.structs.replace(cell, name=f"{cell.name} (again)", baseline="")
+
+
+def _with_sentinels(work: Work, inventory: Lab, progress: Progress) -> Work:
+    """Return a work with the sentinels of its back ends, where one of its devices takes them."""
+    if not any(inventory.devices[name].sentinel for name in (*work.devices, *work.spares)):
+        return work
+    compiled: dict[str, Built] = {}
+    for request in work.requests.values():
+        compiled |= passports.sentinels(request.target, [request.backend], progress)
+    return dataclasses.replace(work, sentinels=compiled)
+
+
+def _within_budget(
+    works: Sequence[Work],
+    inventory: Lab,
+    terms: Terms,
+    budget_s: float,
+    executor: Executor | None,
+    builders: int,
+    progress: Progress,
+) -> Policy:
+    """Return the policy with the most blocks of each cell, so that the whole run keeps to a time.
+
+    Cells whose noise nobody knows are measured for a few blocks, which count for no verdict; that time is spent.
+    """
+    asked = [passports.Asked(cell=one.cell, baseline=one.baseline, devices=one.devices) for one in works]
+    store, policy, spent_s = Results(terms.results), terms.policy, 0.0
+    noises = passports.known_noise(asked, policy, store)
+    unknown = [work for work in works if work.cell not in noises]
+    if unknown:
+        names = ", ".join(work.cell for work in unknown)
+        few = passports.PILOT_BLOCKS
+        progress(f"measuring {few} blocks of {names} to learn their noise; they count for no verdict")
+        pilot = dataclasses.replace(
+            terms,
+            policy=Policy(margins={}, max_blocks=few, min_blocks=few),
+            evaluation=None,
+        )
+        tried = dispatch(unknown, inventory.devices, pilot, executor=executor, builders=builders, progress=progress)
+        told = [one for one in asked if one.cell not in noises]
+        for one, ended in zip(told, tried.ended, strict=True):
+            if not ended.runs:
+                continue
+            baseline, candidate = ended.runs
+            if (found := passports.noise_from_session(one, baseline, candidate, policy, store)) is not None:
+                noises[one.cell] = found
+        at_work_s: dict[str, float] = collections.defaultdict(float)
+        for place in tried.occupied:
+            at_work_s[place.device] += place.ended_s - place.started_s
+        spent_s = max(at_work_s.values(), default=0.0)
+        progress(f"that took {spent_s:.0f} s of the budget")
+    plan = passports.plan_budget(noises, asked, policy, budget_s - spent_s)
+    for line in plan_lines(plan):
+        progress(line)
+    return msgspec.structs.replace(policy, blocks=dict(blocks_by_cell(plan.cells)))
 
 
 def _run_to_resume(release_file: Path, name: str) -> tuple[Journal, History]:
@@ -366,6 +481,7 @@ def _concluded(
         raise error
     notes = _leakage_notes(path, release, done.artifacts)
     outcome = _judged(release.name, pairs, policy, done.artifacts, notes)
+    outcome = _with_self_knowledge(outcome, Results(results))
     outcome = _side_by_side(_with_problems(outcome, problems), absent, chosen.notes)
     verdict = msgspec.structs.replace(outcome.verdict, ledger=tuple(ledger))
     journal.append(Finished(utc=utc_now(), decision=verdict.decision, ledger=tuple(ledger)))
@@ -376,6 +492,7 @@ def _concluded(
         journal=journal.name,
         results=results,
         occupied=done.occupied,
+        release=path,
     )
 
 
@@ -386,6 +503,9 @@ def plan(
     targets: Sequence[str] = (),
     backends: Sequence[str] = (),
     device: str = "",
+    budget_s: float = 0.0,
+    lab: AnyPath | None = None,
+    results: AnyPath = Path("bench_results"),
 ) -> list[str]:
     """Return in words what `run` would do, without doing it; its arguments are those of `run`."""
     release_file = Path(release_file)
@@ -404,7 +524,17 @@ def plan(
         )
         margins = ", ".join(f"{metric} {margin.text}" for metric, margin in policy.margins.items())
         steps.append(f"judge {candidate.name} against {baseline.name}: {margins or 'no margins, nothing is judged'}")
-    return [*steps, *(f"leave out {one.cell}: {one.absent}" for one in chosen.absent)]
+    steps += [f"leave out {one.cell}: {one.absent}" for one in chosen.absent]
+    if budget_s:
+        inventory = load_lab(lab_path(_path(lab)))
+        works = [
+            _work(release_file, release, candidate, baseline, inventory, device, False, False)
+            for candidate, baseline in chosen.pairs
+        ]
+        asked = [passports.Asked(cell=one.cell, baseline=one.baseline, devices=one.devices) for one in works]
+        noises = passports.known_noise(asked, policy, Results(Path(results)))
+        steps += plan_lines(passports.plan_budget(noises, asked, policy, budget_s))
+    return steps
 
 
 # ---------------------------------------------------------------- one step each
@@ -565,6 +695,7 @@ def bench(
         is_profiled=profile,
         seed=seed,
         wait_s=wait_s,
+        sentinels=_sentinels(built, progress=progress),
     )
     (stored,) = _stored_runs(request, lambda runs: False, Results(Path(results)), progress)
     return stored.run, Path(stored.file)
@@ -669,6 +800,7 @@ def gate(
     baseline: AnyPath | None = None,
     margins: Sequence[str] = (),
     max_blocks: int = 16,
+    allow_stored_pass: bool = False,
     device: str = "local",
     lab: AnyPath | None = None,
     evaluation: AnyPath | None = None,
@@ -676,48 +808,142 @@ def gate(
     output_name: str = "",
     seed: int = 0,
     wait_s: float = 0.0,
+    is_explained: bool = True,
     results: AnyPath = Path("bench_results"),
     progress: Progress = _silent,
 ) -> Outcome:
     """Judge a candidate against a baseline: two artifact folders are measured, two stored runs are judged as they are.
+
+    An artifact folder against a stored run: the run's artifact is measured again, interleaved with the candidate, if
+    the cache still has it; otherwise the candidate alone, and the verdict says so.
 
     Args:
         candidate: an artifact folder, or a stored run, as text or Path.
         baseline: likewise; None: the blessed run of the candidate's target and model.
         lab, evaluation, results: as text or Path.
         margins: "metric=amount"; empty: accuracy=-1pt, latency_p50=+5%, peak_memory=+10%, artifact_size=+10%.
+        allow_stored_pass: a latency may pass against one of another session, by the device's known noise.
         wait_s: how long to queue for a device that somebody else holds.
+        is_explained: look for the reason at once where a latency or the accuracy of two artifacts failed.
     """
     candidate, baseline = str(candidate), None if baseline is None else str(baseline)
     policy = Policy(
-        margins=margins_from_texts(margins or DEFAULT_MARGINS), max_blocks=max_blocks, min_blocks=min(4, max_blocks)
+        margins=margins_from_texts(margins or DEFAULT_MARGINS),
+        max_blocks=max_blocks,
+        min_blocks=min(4, max_blocks),
+        allow_stored_pass=allow_stored_pass,
     )
     store = Results(Path(results))
     artifacts: dict[str, Artifact] = {}
+    request: MeasureRequest | None = None
+    notes: tuple[str, ...] = ()
     if _is_artifact(candidate):
-        if baseline is None or not _is_artifact(baseline):
-            raise UsageError(
-                f"{candidate} is an artifact, so its baseline must be one too (--baseline FOLDER): latency is judged "
-                f"only on two artifacts measured interleaved"
-            )
-        sides = (_side(baseline), _side(candidate))
-        if sides[0][0] == sides[1][0]:
-            sides = ((f"{sides[0][0]} (baseline)", sides[0][1]), (f"{sides[1][0]} (candidate)", sides[1][1]))
+        sides: tuple[tuple[str, Built], ...] = (_side(candidate),)
+        before = _baseline_side(store, sides[0][1], baseline)
+        if isinstance(before, StoredRun):
+            notes = (_why_not_again(before.run),)
+        else:
+            old, notes = before
+            sides = (old, *sides)
+            if old[0] == sides[1][0]:
+                sides = ((f"{old[0]} (baseline)", old[1]), (f"{old[0]} (candidate)", sides[1][1]))
+        for note in notes:
+            progress(note)
         artifacts = {name: one.artifact for name, one in sides}
         request = MeasureRequest(
             sides=sides,
             device_name=device,
             device=device_of(load_lab(lab_path(_path(lab))), device),
-            limits=_limits(sides[1][1].artifact.recipe.target),
+            limits=_limits(sides[-1][1].artifact.recipe.target),
             evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
             seed=seed,
             wait_s=wait_s,
+            sentinels=_sentinels(*(one for _, one in sides), progress=progress),
+            least_samples=samples_for(policy.margins),
         )
-        pair = _measured_pair(request, policy, 1, store, progress)
+        if isinstance(before, StoredRun):
+            (measured,) = _stored_runs(request, lambda runs: False, store, progress)
+            pair, request = (before, measured), None
+        else:
+            pair = _measured_pair(request, policy, 1, store, progress)
     else:
         pair = _stored_pair(store, candidate, baseline)
-    return _judged(f"{pair[1].run.cell} against {pair[0].run.cell}", [pair], policy, artifacts)
+    name = f"{pair[1].run.cell} against {pair[0].run.cell}"
+    outcome = _judged(name, [pair], policy, artifacts, notes, _noises(store, [pair]))
+    outcome = _with_self_knowledge(outcome, store)
+    options = {"baseline": baseline, "margin": margins, "max-blocks": _unusual(max_blocks, 16), "seed": seed}
+    places = {"device": _unusual(device, "local"), "lab": lab, "results": _unusual(results, "bench_results")}
+    judged = {"evaluation": evaluation, "metric": _unusual(metric, "top1"), "output-name": output_name}
+    places["allow-stored-pass"] = allow_stored_pass
+    outcome = _made_by(outcome, command_line("gate", [candidate], {**options, **places, **judged}))
+    if request is None or not is_explained:
+        return outcome
+    session = request
+    verdict = explained(
+        outcome.verdict, lambda cell, metrics: _to_explain(session, outcome, cell, metrics), store, progress
+    )
+    return dataclasses.replace(outcome, verdict=verdict)
+
+
+def explain(
+    baseline: AnyPath,
+    candidate: AnyPath = "",
+    *,
+    device: str = "",
+    lab: AnyPath | None = None,
+    evaluation: AnyPath | None = None,
+    metric: str = "top1",
+    output_name: str = "",
+    passes: int = PASSES,
+    cap_s: float = CAP_S,
+    seed: int = 0,
+    wait_s: float = 0.0,
+    results: AnyPath = Path("bench_results"),
+    progress: Progress = _silent,
+) -> tuple[Explanation, Path]:
+    """Say why a candidate is slower or less accurate than a baseline; return that and the file that keeps it.
+
+    Args:
+        baseline, candidate: artifact folders or stored runs; or a verdict's file and one of its cells ("" for the first
+            that failed), whose artifacts are then taken from the cache.
+        device: "": where it was measured, or `local` for artifact folders.
+        evaluation: without it, accuracy is explained only where both runs have answers.
+        passes: pairs of passes in which layers are timed, at most.
+        cap_s: no pair of passes is begun after so long.
+
+    Raises:
+        UsageError: a name is wrong, or an artifact is no longer in the cache.
+        DeviceError: the device cannot be reached, or failed.
+    """
+    baseline, candidate, store = str(baseline), str(candidate), Results(Path(results))
+    if _is_verdict(baseline):
+        baseline, candidate = _runs_of_verdict(Path(baseline), candidate, store)
+    elif not candidate:
+        raise UsageError(f"{baseline} is one side; name the candidate too: edgedeploy explain {baseline} B")
+    found = [_artifact_or_run(reference, store) for reference in (baseline, candidate)]
+    runs = [run for _, _, run in found if run is not None]
+    names = [name for name, _, _ in found]
+    if names[0] == names[1]:
+        names = [f"{names[0]} (baseline)", f"{names[1]} (candidate)"]
+    place = device or (runs[-1].device if runs else LOCAL)
+    answers = [run.outputs for run in runs if run.outputs is not None]
+    explanation = find_reasons(
+        ExplainRequest(
+            sides=((names[0], found[0][1]), (names[1], found[1][1])),
+            device_name=place,
+            device=device_of(load_lab(lab_path(_path(lab))), place),
+            limits=_limits(found[1][1].artifact.recipe.target),
+            evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
+            outputs=(answers[0], answers[1]) if len(answers) == 2 and not evaluation else None,
+            passes=passes,
+            cap_s=cap_s,
+            seed=seed,
+            wait_s=wait_s,
+        ),
+        progress,
+    )
+    return explanation, store.save_explanation(explanation)
 
 
 def inspect(
@@ -787,32 +1013,143 @@ def init(path: AnyPath, *, force: bool = False) -> Path:
 
 
 def write_reports(
-    outcome: Outcome, *, junit: AnyPath | None = None, markdown: AnyPath | None = None, html: AnyPath | None = None
+    outcome: Outcome,
+    *,
+    junit: AnyPath | None = None,
+    markdown: AnyPath | None = None,
+    html: AnyPath | None = None,
+    sarif: AnyPath | None = None,
+    csv: AnyPath | None = None,
+    report_url: str = "",
+    is_stored: bool = False,
 ) -> None:
-    """Write the verdict in the forms that were asked for, by text or Path, and note in `outcome.files` where."""
+    """Write the verdict in the forms that were asked for, by text or Path, and note in `outcome.files` where.
+
+    Args:
+        outcome: the verdict and its runs.
+        junit, markdown, html, sarif, csv: where to; beside `html` the verdict itself is written, as JSON.
+        report_url: where the HTML report will be found; the Markdown links there.
+        is_stored: the verdict is written down already, and not written again.
+
+    Raises:
+        UsageError: two forms would be one file, or the address is none of the web.
+    """
+    from edgedeploy.prepare.evaluated import EvaluatedSamples
     from edgedeploy.render.html import report_html
     from edgedeploy.render.junit import verdict_junit
     from edgedeploy.render.markdown import verdict_markdown
+    from edgedeploy.render.samples_csv import samples_csv
+    from edgedeploy.render.sarif import verdict_sarif
 
-    html = _path(html)
-    forms: dict[str, tuple[Path | None, Callable[[], str]]] = {
-        "JUnit": (_path(junit), lambda: verdict_junit(outcome.verdict)),
-        "Markdown": (_path(markdown), lambda: verdict_markdown(outcome.verdict, outcome.runs, outcome.artifacts)),
-        "report": (html, lambda: report_html(outcome.verdict, outcome.runs, outcome.artifacts)),
+    if report_url and not report_url.startswith(("https://", "http://")):
+        raise UsageError(f"--report-url {report_url}: an address that begins with https:// is meant")
+    html, verdict, runs = _path(html), outcome.verdict, outcome.runs
+    forms: dict[str, tuple[Path | None, Callable[[], str | Iterable[str]]]] = {
+        "JUnit": (_path(junit), lambda: verdict_junit(verdict)),
+        "Markdown": (
+            _path(markdown),
+            lambda: verdict_markdown(verdict, runs, outcome.artifacts, report_url=report_url),
+        ),
+        "SARIF": (
+            _path(sarif),
+            lambda: verdict_sarif(
+                verdict, runs, release=_from_here(outcome.release), lines=_lines_of_cells(outcome.release)
+            ),
+        ),
+        "CSV": (_path(csv), lambda: samples_csv(verdict, runs)),
+        "report": (
+            html,
+            lambda: report_html(verdict, runs, outcome.artifacts, sample_of=EvaluatedSamples(cache_dir() / "inputs")),
+        ),
     }
+    stored = html.with_suffix(".json") if html is not None and not is_stored else None
+    places = [path.absolute() for path in (*(path for path, _ in forms.values()), stored) if path is not None]
+    if len(places) != len(set(places)):
+        raise UsageError("two forms of the report would be written into one file; give each a name of its own")
     for label, (path, render) in forms.items():
         if path is not None:
-            write_atomic(path, render().encode())
+            _write_text(path, render())
             outcome.files[label] = path
-    if html is not None:
-        write_json(html.with_suffix(".json"), outcome.verdict)
-        outcome.files["verdict"] = html.with_suffix(".json")
+    if stored is not None:
+        write_json(stored, verdict)
+        outcome.files["verdict"] = stored
+
+
+def _write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or one that is made line by line, whole or not at all."""
+    if isinstance(text, str):
+        write_atomic(path, text.encode())
+        return
+    with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as stream:
+        stream.writelines(text)
+
+
+def _from_here(path: Path | None) -> str:
+    """Return a path as seen from the working directory, which in a pipeline is the repository's root."""
+    if path is None:
+        return ""
+    whole, here = path.absolute(), Path.cwd()
+    return (whole.relative_to(here) if whole.is_relative_to(here) else Path(path.name)).as_posix()
+
+
+def _lines_of_cells(path: Path | None) -> dict[str, int]:
+    """Return at which line of a release file each of its cells is named."""
+    if path is None:
+        return {}
+    release, _ = read_release(path)
+    return {cell.name: line_number(path, "cells", place, "name") for place, cell in enumerate(release.cells)}
+
+
+def stored_outcome(
+    verdict_file: AnyPath,
+    *,
+    results: AnyPath | None = None,
+    elsewhere: AnyPath = Path("bench_results"),
+    progress: Progress = _silent,
+) -> Outcome:
+    """Return a verdict that was stored, with those of its runs and manifests that are at hand.
+
+    A run is looked for among those of a results folder, by the name of its file: what a verdict from elsewhere says
+    decides on no path here.
+
+    Args:
+        verdict_file: as `write_reports` wrote it, as text or Path, like the folders.
+        results: where the runs are kept; None: in the results folder that the verdict lies in, else `elsewhere`.
+        elsewhere: a results folder.
+        progress: told which runs are missing.
+
+    Raises:
+        DocumentError: the verdict, or a run of it, is damaged or no such document.
+    """
+    verdict = read_json(Path(verdict_file), Verdict, VERDICT_FORMAT)
+    around = Path(verdict_file).absolute().parent.parent
+    root = Path(results) if results else around if (around / "runs").is_dir() else Path(elsewhere)
+    known = {path.name: path for path in Results(root).run_files()}
+    runs: dict[str, Run] = {}
+    for name in dict.fromkeys(name for cell in verdict.cells for name in (cell.baseline_run, cell.candidate_run)):
+        if path := known.get(Path(name).name):
+            runs[name] = load_run(path)
+        elif name:
+            progress(f"the run {name} is not in {root}: what it says is missing from the report")
+    return Outcome(verdict, runs, _kept_manifests(runs.values()))
+
+
+def _kept_manifests(runs: Iterable[Run]) -> dict[str, Artifact]:
+    """Return the manifests of measured artifacts that the cache still has, by their digests."""
+    found: dict[str, Artifact] = {}
+    for reference in (run.artifact for run in runs):
+        if re.fullmatch(r"[0-9a-f]{64}", reference.key):  # it comes out of a file, and names a folder
+            artifact = stored_artifact(cache_dir() / "artifacts" / reference.key, reference.key)
+            if artifact is not None and artifact.sha256 == reference.sha256:
+                found[artifact.sha256] = artifact
+    return found
 
 
 def report_path(outcome: Outcome, results: AnyPath) -> Path:
-    """Return where `run` puts its HTML report and verdict by default."""
+    """Return where `run` puts its HTML report and verdict by default: no other verdict has this name."""
     time = re.sub(r"[^0-9TZ]", "", outcome.verdict.judged_utc)
-    return Path(results) / "reports" / f"{time}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.verdict.name)}.html"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", outcome.verdict.name)[:100]
+    return Path(results) / "reports" / f"{time}-{name}-{sha256_bytes(encode_json(outcome.verdict))[:8]}.html"
 
 
 # ---------------------------------------------------------------- what the verbs share
@@ -1002,6 +1339,75 @@ def _side(folder: str) -> tuple[str, Built]:
     return built.artifact.name, built
 
 
+def _in_cache(key: str, name: str) -> Built:
+    """Return an artifact that was built here before.
+
+    Raises:
+        UsageError: it is no longer in the cache.
+    """
+    folder = cache_dir() / "artifacts" / key
+    if not (folder / "manifest.json").is_file():
+        raise UsageError(
+            f"the artifact of {name} is no longer in the cache; build it again (edgedeploy run, or edgedeploy compile) "
+            f"and name its folder"
+        )
+    return load_artifact(folder)
+
+
+def _artifact_or_run(reference: str, store: Results) -> tuple[str, Built, Run | None]:
+    """Return the name and artifact of a folder, or those of a stored run with the run."""
+    if _is_artifact(reference):
+        return (*_side(reference), None)
+    run = load_run(store.find_run(reference))
+    return run.cell, _in_cache(run.artifact.key, run.cell), run
+
+
+def _is_verdict(reference: str) -> bool:
+    """Say whether a file is a verdict: its format is its first key."""
+    path = Path(reference)
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return b'"edgedeploy.verdict/' in stream.read(100)
+
+
+def _runs_of_verdict(path: Path, name: str, store: Results) -> tuple[str, str]:
+    """Return the files of both runs of a verdict's cell; "" names the first that failed, or the only one."""
+    verdict = read_json(path, Verdict, VERDICT_FORMAT)
+    cells = {cell.cell: cell for cell in verdict.cells}
+    failed = [cell.cell for cell in verdict.cells if cell.decision == "FAIL"]
+    if not name and not failed and len(cells) != 1:
+        raise UsageError(f"no cell of {path} failed; name one of them: {', '.join(cells) or 'it has none'}")
+    chosen = name or (failed or list(cells))[0]
+    if chosen not in cells:
+        raise UsageError(f"{path} has no cell {chosen!r}{closest(chosen, cells)} (it has: {', '.join(cells)})")
+    cell = cells[chosen]
+    if not cell.baseline_run or not cell.candidate_run:
+        raise UsageError(f"cell {chosen!r} of {path} was not measured, so there is nothing to explain")
+    files = [one if Path(one).is_file() else Path(one).stem for one in (cell.baseline_run, cell.candidate_run)]
+    return str(store.find_run(files[0])), str(store.find_run(files[1]))
+
+
+def _to_explain(
+    session: MeasureRequest, outcome: Outcome, cell: CellVerdict, metrics: tuple[str, ...]
+) -> ExplainRequest:
+    """Return what is asked about a cell that failed, on the device that it was measured on."""
+    first, second = session.sides
+    runs = [outcome.runs[file] for file in (cell.baseline_run, cell.candidate_run)]
+    answers = [run.outputs for run in runs if run.outputs is not None]
+    return ExplainRequest(
+        sides=(first, second),
+        device_name=session.device_name,
+        device=session.device,
+        limits=session.limits,
+        evaluation=session.evaluation,
+        outputs=(answers[0], answers[1]) if len(answers) == 2 else None,
+        metrics=metrics,
+        seed=session.seed,
+        wait_s=session.wait_s,
+    )
+
+
 def _measured_pair(request: MeasureRequest, policy: Policy, cells: int, store: Results, progress: Progress) -> Pair:
     """Measure baseline and candidate interleaved until the gate of so many cells is decided, and store both runs."""
     from edgedeploy.judge.gate import is_decided
@@ -1025,23 +1431,74 @@ def _stored_runs(
     return [StoredRun(str(store.save_run(run)), run) for run in runs]
 
 
+def _blessed(store: Results, target: str, model: str) -> Path:
+    """Return the file of the blessed run of a target and model."""
+    pointer = store.baseline(target, model)
+    if pointer is None:
+        raise UsageError(
+            f"no baseline is set for target {target!r} and model {model!r}; give --baseline, or: "
+            f"edgedeploy baseline set RUN --why ..."
+        )
+    return store.baseline_run(pointer)
+
+
+def _baseline_side(
+    store: Results, candidate: Built, baseline: str | None
+) -> tuple[tuple[str, Built], tuple[str, ...]] | StoredRun:
+    """Return what a candidate is measured beside, with what to say of it; or a run whose artifact is gone."""
+    if baseline is not None and _is_artifact(baseline):
+        return _side(baseline), ()
+    recipe = candidate.artifact.recipe
+    file = _blessed(store, recipe.target, recipe.model) if baseline is None else store.find_run(baseline)
+    run = load_run(file)
+    kept = artifact_in_cache(run.artifact.key, run.artifact.sha256)
+    if kept is None:
+        return StoredRun(str(file), run)
+    note = (
+        f"the baseline {run.cell} of {run.started_utc} is measured again, interleaved with the candidate: the cache "
+        f"still has its artifact ({run.artifact.sha256[:8]}), and stored numbers do not cancel drift"
+    )
+    return (run.cell, kept), (note,)
+
+
+def _why_not_again(run: Run) -> str:
+    return (
+        f"the baseline {run.cell} of {run.started_utc} was not measured again: its artifact "
+        f"({run.artifact.sha256[:8]}) is no longer in the cache, so that its stored numbers are all there is"
+    )
+
+
+def _noises(store: Results, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return the run-to-run CV of the devices on which pairs were measured in different sessions, where known."""
+    noises: dict[str, float] = {}
+    for old, new in pairs:
+        if old.run.session != new.run.session and (newest := store.newest_passport(new.run.device)) is not None:
+            passport, _ = newest
+            if passport.cpu_model == new.run.facts.cpu_model:  # else it describes another board of this name
+                noises[new.run.device] = passport.run_to_run_cv
+    return noises
+
+
 def _stored_pair(store: Results, candidate: str, baseline: str | None) -> Pair:
     candidate_file = store.find_run(candidate)
     candidate_run = load_run(candidate_file)
     if baseline is None:
-        target, model = candidate_run.artifact.target, candidate_run.artifact.model
-        pointer = store.baseline(target, model)
-        if pointer is None:
-            raise UsageError(
-                f"no baseline is set for target {target!r} and model {model!r}; give --baseline, or: "
-                f"edgedeploy baseline set RUN --why ..."
-            )
-        baseline_file = store.baseline_run(pointer)
+        baseline_file = _blessed(store, candidate_run.artifact.target, candidate_run.artifact.model)
     elif _is_artifact(baseline):
         raise UsageError(f"{candidate} is a stored run, so its baseline must be one too; {baseline} is an artifact")
     else:
         baseline_file = store.find_run(baseline)
     return StoredRun(str(baseline_file), load_run(baseline_file)), StoredRun(str(candidate_file), candidate_run)
+
+
+def _made_by(outcome: Outcome, command: str) -> Outcome:
+    """Write into a verdict the command line that makes it again."""
+    return dataclasses.replace(outcome, verdict=msgspec.structs.replace(outcome.verdict, command=command))
+
+
+def _unusual(value: object, usual: object) -> object:
+    """Return what a command line must say: nothing where it is as usual."""
+    return "" if str(value) == str(usual) else value
 
 
 def _lost(cell: CellVerdict, artifacts: Mapping[str, Artifact]) -> list[str]:
@@ -1061,12 +1518,14 @@ def _judged(
     policy: Policy,
     artifacts: Mapping[str, Artifact],
     notes: tuple[str, ...] = (),
+    noises: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Judge every pair within one error rate, and name in the verdict the files that it rests on."""
     from edgedeploy.judge.contenders import contenders
     from edgedeploy.judge.gate import judge_gate
 
-    verdict = judge_gate(name, [(old.run, new.run) for old, new in pairs], policy, judged_utc=utc_now())
+    sides = [(old.run, new.run) for old, new in pairs]
+    verdict = judge_gate(name, sides, policy, judged_utc=utc_now(), noises=noises)
     cells = tuple(
         msgspec.structs.replace(
             cell,
@@ -1079,6 +1538,17 @@ def _judged(
     runs = {stored.file: stored.run for pair in pairs for stored in pair}
     verdict = msgspec.structs.replace(verdict, cells=cells, contenders=contenders(cells, runs))
     return Outcome(verdict, runs, artifacts)
+
+
+def _with_self_knowledge(outcome: Outcome, store: Results) -> Outcome:
+    """Add to a verdict what is known of its devices, and of the gate itself."""
+    return dataclasses.replace(outcome, verdict=passports.with_self_knowledge(outcome.verdict, outcome.runs, store))
+
+
+def _sentinels(*sides: Built, progress: Progress) -> dict[str, Built]:
+    """Return the sentinels of the back ends of some artifacts, compiled for the last one's target."""
+    backends = dict.fromkeys(built.artifact.recipe.backend for built in sides)
+    return passports.sentinels(sides[-1].artifact.recipe.target, backends, progress)
 
 
 # ---------------------------------------------------------------- precisions side by side

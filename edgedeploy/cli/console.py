@@ -62,6 +62,33 @@ wait_option = click.option(
     callback=_waiting_s,
     help="How long to queue for a busy device, such as 30s, 10m or 2h. [default: do not wait]",
 )
+no_explain_option = click.option(
+    "--no-explain", is_flag=True, help="Do not look for the reason where a latency or the accuracy failed."
+)
+
+
+def _budget_s(context: click.Context, option: click.Parameter, text: str) -> float:
+    from edgedeploy.units import parse_waiting
+
+    if not text:
+        return 0.0
+    try:
+        seconds = parse_waiting(text)
+    except ValueError as error:
+        raise UsageError(f"--budget {text}: {error}") from error
+    if seconds <= 0:
+        raise UsageError(f"--budget {text}: give the time that each device may measure, such as 20m")
+    return seconds
+
+
+budget_option = click.option(
+    "--budget",
+    "budget_s",
+    default="",
+    metavar="TIME",
+    callback=_budget_s,
+    help="How long each device may measure, such as 20m: spent over the cells by their noise. [default: no limit]",
+)
 results_option = click.option(
     "--results",
     type=click.Path(path_type=Path, file_okay=False),

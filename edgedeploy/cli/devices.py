@@ -1,4 +1,4 @@
-"""devices list | show | check | add | remove | provision: the physical devices of the lab file."""
+"""devices list | show | passport | check | add | remove | provision: the physical devices of the lab file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from edgedeploy.cli import console
-from edgedeploy.documents import to_builtins
+from edgedeploy.documents import as_document, to_builtins
 
 
 @click.group()
@@ -20,11 +20,13 @@ def devices_command() -> None:
 @devices_command.command("list", epilog="Example: edgedeploy devices list --lab lab.toml")
 @console.lab_option
 @click.option("--offline", is_flag=True, help="Print what the lab file says, and reach no device.")
+@console.results_option
 @console.json_option
-def list_devices(lab: Path | None, offline: bool, as_json: bool) -> None:
-    """List every device of the lab file, and `local`, with who has it. None is taken for it."""
+def list_devices(lab: Path | None, offline: bool, results: Path, as_json: bool) -> None:
+    """List every device of the lab file, and `local`, with who has it and how noisy it is. None is taken for it."""
     from edgedeploy import catalogue
     from edgedeploy.lab import health
+    from edgedeploy.render.noise import summary_text
 
     devices = catalogue.devices(lab)
     if offline:
@@ -32,12 +34,21 @@ def list_devices(lab: Path | None, offline: bool, as_json: bool) -> None:
         return
     surveyed, quarantined = catalogue.survey(lab), health.quarantined()
     states = {name: _state_words(surveyed[name], quarantined.get(name)) for name in devices}
+    known = {name: _noise_of(name, results) for name in devices}
     console.print_list(
         "devices",
-        ("device", "kind", "where", "state"),
-        [[name, one.target, _where(one), states[name]] for name, one in devices.items()],
+        ("device", "kind", "where", "state", "noise"),
         [
-            {"name": name, **to_builtins(one), **_state_document(surveyed[name], quarantined.get(name))}
+            [name, one.target, _where(one), states[name], summary_text(known[name]) or "no passport"]
+            for name, one in devices.items()
+        ],
+        [
+            {
+                "name": name,
+                **to_builtins(one),
+                **_state_document(surveyed[name], quarantined.get(name)),
+                "passport": _passport_document(known[name]),
+            }
             for name, one in devices.items()
         ],
         as_json,
@@ -186,12 +197,76 @@ def _what_would_break(name: str, lease: Any) -> str:
 @devices_command.command("show", epilog="Example: edgedeploy devices show local")
 @click.argument("name")
 @console.lab_option
+@console.results_option
 @console.json_option
-def show_device(name: str, lab: Path | None, as_json: bool) -> None:
-    """Show how a device is reached, without reaching it."""
+def show_device(name: str, lab: Path | None, results: Path, as_json: bool) -> None:
+    """Show how a device is reached, without reaching it, and what its newest passport says."""
     from edgedeploy import catalogue
+    from edgedeploy.render.noise import device_line
 
-    console.print_record(catalogue.device(name, lab), as_json)
+    entry, known = catalogue.device(name, lab), _noise_of(name, results)
+    if as_json:
+        console.print_json({**as_document(entry), "passport": _passport_document(known)})
+        return
+    console.print_record(entry, as_json)
+    if known is not None:
+        click.echo(f"noise of {device_line(known)}")
+    else:
+        click.echo(f"noise: not known; edgedeploy devices passport {name} measures it")
+
+
+def _noise_of(name: str, results: Path) -> Any:
+    """Return what the newest passport of a device says; None where it has none."""
+    from edgedeploy.results import Results
+
+    store = Results(results)
+    if not store.passport_files(name):  # what it is judged with takes a while to import
+        return None
+    from edgedeploy import passports
+
+    return passports.newest_summary(name, store)
+
+
+def _passport_document(summary: Any) -> Any:
+    return to_builtins(summary) if summary is not None else None
+
+
+@devices_command.command(
+    "passport",
+    epilog="""\b
+Examples:
+  edgedeploy devices passport local --minutes 5
+  edgedeploy devices passport pi-3 --artifact build/int8     how noisy it is with this artifact
+""",
+)
+@click.argument("name", metavar="DEVICE")
+@click.option("--minutes", type=click.FloatRange(0, 24 * 60, min_open=True), default=5.0, show_default=True)
+@click.option(
+    "--artifact", type=click.Path(path_type=Path), help="A folder that compile wrote. [default: a small fixed network]"
+)
+@click.option("--backend", default="", help="Of the small network. [default: onnxruntime, if the device has it]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides the order of bursts.")
+@console.lab_option
+@console.wait_option
+@console.results_option
+@console.quiet_option
+@console.json_option
+def passport_device(name: str, quiet: bool, as_json: bool, **given: Any) -> None:
+    """Measure one artifact against itself on a device: it says how noisy that is, and what it can show in which time.
+
+    The passport is kept in --results; `gate` and `run` warn by it, and `run --budget` plans by it.
+    """
+    from edgedeploy import passports
+    from edgedeploy.render.noise import fitness_text, passport_rows
+
+    request = passports.PassportRequest(device=name, **given)
+    passport, path = passports.take_passport(request, console.progress(quiet))
+    if as_json:
+        console.print_json({**as_document(passport), "path": str(path)})
+        return
+    console.print_table(f"Passport of {name}", ("", "what it says"), passport_rows(passport))
+    click.echo(fitness_text(passport))
+    click.echo(f"passport: {path}")
 
 
 @devices_command.command("quarantine", epilog='Example: edgedeploy devices quarantine pi-3 --why "the fan is broken"')

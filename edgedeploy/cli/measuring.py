@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from edgedeploy.cli import console
-from edgedeploy.documents import as_document
+from edgedeploy.cli.reporting import report_forms, report_options
+from edgedeploy.documents import as_document, to_builtins
 from edgedeploy.errors import EdgedeployError, UsageError
 
 _EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
@@ -37,9 +38,20 @@ def _measuring_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _judging_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
-            click.option("--margin", "margins", multiple=True, metavar="METRIC=AMOUNT", help="E.g. latency_p50=+5%."),
+            click.option(
+                "--margin",
+                "margins",
+                multiple=True,
+                metavar="METRIC=AMOUNT",
+                help="E.g. latency_p50=+5%; a limit: 'latency_p50<=5ms'; both: 'latency_p50=+3%, <= 5ms'.",
+            ),
             click.option(
                 "--max-blocks", type=click.IntRange(2), default=16, show_default=True, help="A/B pairs at most."
+            ),
+            click.option(
+                "--allow-stored-pass",
+                is_flag=True,
+                help="Let a latency pass against one of another session, by the device's known noise.",
             ),
         ]
     ):
@@ -157,6 +169,7 @@ def _compare_precisions(model: str, visits: int | None, quiet: bool, as_json: bo
 @click.command(epilog="Example: edgedeploy compare build/fp32 build/int8")
 @click.argument("baseline", metavar="A")
 @click.argument("candidate", metavar="B")
+@report_options
 @_judging_options
 @_measuring_options
 def compare_command(baseline: str, candidate: str, quiet: bool, as_json: bool, **options: Any) -> None:
@@ -166,7 +179,11 @@ def compare_command(baseline: str, candidate: str, quiet: bool, as_json: bool, *
     """
     from edgedeploy import pipeline
 
-    outcome = pipeline.gate(candidate, baseline=baseline, progress=console.progress(quiet), **options)
+    forms = report_forms(options)
+    outcome = pipeline.gate(
+        candidate, baseline=baseline, is_explained=False, progress=console.progress(quiet), **options
+    )
+    pipeline.write_reports(outcome, **forms)
     show_outcome(outcome, as_json)
 
 
@@ -176,34 +193,115 @@ Examples:
   edgedeploy gate build/int8 --baseline build/fp32 --margin latency_p50=+5% --margin accuracy=-1pt
   edgedeploy gate RUN_B --baseline RUN_A          two stored runs; nothing is measured
   edgedeploy gate RUN_B                           against the blessed baseline (edgedeploy baseline set)
+  edgedeploy gate build/int8 --aa --times 20      against itself: how often does the gate raise a false alarm?
+  edgedeploy gate edgedeploy.toml --aa            likewise every candidate of a release file
 """,
 )
-@click.argument("candidate")
+@click.argument("candidate", required=False)
+@click.option("--aa", "against_itself", is_flag=True, help="Judge CANDIDATE, or a release file, against itself.")
+@click.option("--times", type=click.IntRange(1), default=1, show_default=True, help="With --aa: how often.")
 @click.option("--baseline", help="An artifact folder or a run. [default: the blessed baseline]")
-@click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit XML here.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Also write Markdown here.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a self-contained HTML report here.")
+@report_options
+@console.no_explain_option
 @_judging_options
 @_measuring_options
 def gate_command(
-    candidate: str,
+    candidate: str | None,
+    against_itself: bool,
+    times: int,
     baseline: str | None,
-    junit: Path | None,
-    markdown: Path | None,
-    html: Path | None,
+    no_explain: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
     """Judge CANDIDATE (an artifact folder or a stored run) against a baseline.
 
-    The exit code is the verdict: 0 PASS, 1 FAIL, 4 INCONCLUSIVE.
+    The exit code is the verdict: 0 PASS, 1 FAIL, 4 INCONCLUSIVE. With --aa it says whether the gate can be trusted: 1
+    where it is proven to raise more false alarms than its error rate allows, else 0.
     """
     from edgedeploy import pipeline
 
-    outcome = pipeline.gate(candidate, baseline=baseline, progress=console.progress(quiet), **options)
-    pipeline.write_reports(outcome, junit=junit, markdown=markdown, html=html)
+    if against_itself:
+        return _gate_against_itself(Path(candidate or "edgedeploy.toml"), times, quiet, as_json, options)
+    if candidate is None:
+        raise UsageError("say what is judged: an artifact folder or a stored run; or --aa, to try the gate itself")
+    if times != 1:
+        raise UsageError("--times says how often the gate is tried on itself; add --aa, or leave it out")
+    forms = report_forms(options)
+    outcome = pipeline.gate(
+        candidate, baseline=baseline, is_explained=not no_explain, progress=console.progress(quiet), **options
+    )
+    pipeline.write_reports(outcome, **forms)
     return show_outcome(outcome, as_json)
+
+
+# What a release file says for all of its cells.
+_OF_ARTIFACTS = {
+    "evaluation": "--evaluation",
+    "metric": "--metric",
+    "output_name": "--output-name",
+    "margins": "--margin",
+    "max_blocks": "--max-blocks",
+}
+
+
+def _gate_against_itself(reference: Path, times: int, quiet: bool, as_json: bool, options: dict[str, Any]) -> int:
+    """Try the gate on something that has not changed; return 1 where it is shown to cry wolf too often."""
+    from edgedeploy import selfcheck
+    from edgedeploy.render.noise import false_alarm_line
+
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        is_given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        is_of_report = name not in ("candidate", "against_itself", "times", "quiet", "as_json", "no_explain") and (
+            name not in _OF_ARTIFACTS and name not in ("device", "lab", "wait_s", "seed", "results")
+        )
+        if is_given and is_of_report:
+            raise UsageError(f"{parameter.opts[0]} is of no use with --aa, which only counts; leave it out")
+        if is_given and name in _OF_ARTIFACTS and reference.suffix == ".toml":
+            raise UsageError(f"{reference} itself says {parameter.opts[0]}; leave it out, or give an artifact folder")
+    of_artifact = {} if reference.suffix == ".toml" else {name: options[name] for name in _OF_ARTIFACTS}
+    found = selfcheck.check(
+        reference,
+        times=times,
+        results=options["results"],
+        progress=console.progress(quiet),
+        device=options["device"] if _is_given(context, "device") or reference.suffix != ".toml" else "",
+        lab=options["lab"],
+        wait_s=options["wait_s"],
+        seed=options["seed"],
+        **of_artifact,
+    )
+    if as_json:
+        document = {
+            "format": "edgedeploy.selfcheck/1",
+            "outcomes": [to_builtins(one) for one in found.outcomes],
+            "summary": to_builtins(found.summary),
+            "kept": to_builtins(found.kept),
+            "files": [str(path) for path in found.files],
+        }
+        console.print_json(document)
+    else:
+        rows = [
+            [str(number), outcome.decision, _alarms_of(outcome), f"{outcome.seconds:.1f} s"]
+            for number, outcome in enumerate(found.outcomes, start=1)
+        ]
+        console.print_table(f"{reference} against itself", ("gate", "decision", "false alarm in", "took"), rows)
+        click.echo(false_alarm_line(found.summary))
+        if found.kept.gates > found.summary.gates:
+            devices = ", ".join(found.kept.devices)
+            click.echo(f"all gates of {devices} that are kept: {false_alarm_line(found.kept)}")
+    return 1 if found.is_proven_wrong else 0
+
+
+def _alarms_of(outcome: Any) -> str:
+    return ", ".join(f"{cell.cell}: {', '.join(cell.failed)}" for cell in outcome.cells if cell.failed)
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def show_outcome(outcome: Any, as_json: bool) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgedeploy.cli import console
+from edgedeploy.cli.reporting import report_forms, report_options
 from edgedeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def init_command(path: Path, force: bool, as_json: bool) -> None:
 Examples:
   edgedeploy run edgedeploy.toml --html report.html
   edgedeploy run edgedeploy.toml --targets all          every installed runtime, side by side
+  edgedeploy run edgedeploy.toml --budget 20m           spent over the cells by the noise of their devices
   edgedeploy run --resume                               go on with the run that stopped in the middle
 """,
 )
@@ -80,9 +82,9 @@ Examples:
 @click.option("--rebuild", is_flag=True, help="Build even if the cache has it.")
 @console.trust_pickle_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides the order of bursts.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit XML here.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Also write Markdown here.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write the HTML report here instead of into --results.")
+@report_options
+@console.no_explain_option
+@console.budget_option
 @console.lab_option
 @console.wait_option
 @console.results_option
@@ -102,14 +104,14 @@ def run_command(
     rebuild: bool,
     trust_pickle: bool,
     seed: int,
-    junit: Path | None,
-    markdown: Path | None,
-    html: Path | None,
+    no_explain: bool,
+    budget_s: float,
     lab: Path | None,
     wait_s: float,
     results: Path,
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> int:
     """Build, measure and judge every cell of a RELEASE file (default: ./edgedeploy.toml).
 
@@ -123,7 +125,16 @@ def run_command(
         release, resume = _release_and_run(release, resume)
     asked_targets, asked_backends = names_from_text(targets), names_from_text(backends)
     if dry_run:
-        plan = pipeline.plan(release, cells=cells, targets=asked_targets, backends=asked_backends, device=device)
+        plan = pipeline.plan(
+            release,
+            cells=cells,
+            targets=asked_targets,
+            backends=asked_backends,
+            device=device,
+            budget_s=budget_s,
+            lab=lab,
+            results=results,
+        )
         if as_json:
             console.print_json({"format": "edgedeploy.plan/1", "steps": plan})
         else:
@@ -145,10 +156,13 @@ def run_command(
             resume=resume,
             executor=executor,
             builders=executor.builders if executor is not None else 1,
+            is_explained=not no_explain,
+            budget_s=budget_s,
             progress=board,
         )
-    html = html or pipeline.report_path(outcome, outcome.results or results)
-    pipeline.write_reports(outcome, junit=junit, markdown=markdown, html=html)
+    forms = report_forms(options)
+    forms["html"] = forms["html"] or pipeline.report_path(outcome, outcome.results or results)
+    pipeline.write_reports(outcome, **forms)
     code = show_outcome(outcome, as_json)
     if (told := _ledger_line(outcome)) and not as_json:
         click.echo(told)
@@ -176,7 +190,10 @@ def _executor(
 
 
 # What a run was started with is not changed in the middle.
-_AS_STARTED = ("cells", "targets", "backends", "device", "rebuild", "trust_pickle", "seed", "lab", "results", "dry_run")
+_AS_STARTED = (
+    "cells", "targets", "backends", "device", "rebuild", "trust_pickle", "seed", "lab", "results", "dry_run",
+    "budget_s",
+)  # fmt: skip
 
 
 def _release_and_run(release: Path, resume: str) -> tuple[Path, str]:
@@ -191,7 +208,7 @@ def _release_and_run(release: Path, resume: str) -> tuple[Path, str]:
     context = click.get_current_context()
     for name in _AS_STARTED:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = "--cell" if name == "cells" else f"--{name.replace('_', '-')}"
+            option = {"cells": "--cell", "budget_s": "--budget"}.get(name, f"--{name.replace('_', '-')}")
             raise UsageError(f"--resume goes on with what the run was started with; leave {option} out")
     if resume == NEWEST or is_name(resume):
         return release, resume

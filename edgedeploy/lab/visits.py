@@ -60,7 +60,7 @@ class Schedule:
 
     Attributes:
         bursts_per_visit, samples_per_burst: their product is the samples of a visit; 59 bound the 95th percentile.
-        bursts_cap_s: a slow model's block ends after this time, as soon as each visit has LEAST_SAMPLES.
+        bursts_cap_s: a slow model's block ends after this time, as soon as each visit has `least_samples`.
         lead_in: inferences at the start of each burst that are not counted: the other side has just used the caches.
         warm_up_window: samples per window; warm-up ends when two adjacent windows' medians agree ...
         warm_up_tolerance: ... within this fraction, ...
@@ -71,6 +71,7 @@ class Schedule:
     bursts_per_visit: int = 8
     samples_per_burst: int = 10
     bursts_cap_s: float = 20.0
+    least_samples: int = LEAST_SAMPLES
     lead_in: int = 2
     warm_up_window: int = 10
     warm_up_tolerance: float = 0.02
@@ -224,7 +225,7 @@ class _Group:
         order = list(_burst_order(numbers, schedule.bursts_per_visit, self._seed, self._block))
         step = _ROUNDS_AT_ONCE * len(numbers)
         for first in range(0, len(order), step):
-            has_enough = first // len(numbers) * schedule.samples_per_burst >= LEAST_SAMPLES
+            has_enough = first // len(numbers) * schedule.samples_per_burst >= schedule.least_samples
             if has_enough and time.monotonic() - started_s > schedule.bursts_cap_s:
                 return
             turn = order[first : first + step]

@@ -22,6 +22,8 @@ NAMES = (
     "help_time",
     "second_compile",
     "plain_loop",
+    "history_changes",
+    "history_ten_thousand",
     "litert_cross_check",
     "efficientnet_lite0",
     "mobilenet_v2",
@@ -32,8 +34,10 @@ NAMES = (
     "lab_first_number",
     "lab_int8_bits",
     "lab_peak_rss",
+    "bundle_on_arm",
     "calibration_memory",
     "gate_error_rates",
+    "gate_family",
     "gate_on_local",
 )
 

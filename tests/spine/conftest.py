@@ -19,23 +19,20 @@ max_foreign_load = 1000.0
 """
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """An empty working directory in which nothing of the person's own settings is seen."""
-    targets = tmp_path / "targets"
-    targets.mkdir()
+def make_place(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make a folder the working directory, in which nothing of the person's own settings is seen."""
+    targets = folder / "targets"
+    targets.mkdir(exist_ok=True)
     (targets / "fake-board.toml").write_text(TARGET)
-    monkeypatch.setenv("EDGEDEPLOY_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("EDGEDEPLOY_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv("EDGEDEPLOY_LAB", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    patch.setenv("EDGEDEPLOY_CACHE_DIR", str(folder / "cache"))
+    patch.setenv("EDGEDEPLOY_STATE_DIR", str(folder / "state"))
+    patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    patch.delenv("EDGEDEPLOY_LAB", raising=False)
+    patch.chdir(folder)
 
 
-@pytest.fixture
-def model(place) -> Path:
-    """A small ONNX file with one dynamic batch axis."""
+def make_model(folder: Path) -> Path:
+    """Write a small ONNX file with one dynamic batch axis."""
     onnx = pytest.importorskip("onnx", reason="the host half needs onnx: pip install 'edgedeploy[onnxruntime]'")
     helper = onnx.helper
     graph = helper.make_graph(
@@ -44,9 +41,22 @@ def model(place) -> Path:
         [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["batch", 4])],
         [helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, ["batch", 4])],
     )
-    path = place / "tiny.onnx"
+    path = folder / "tiny.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
     return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty working directory of its own."""
+    make_place(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def model(place) -> Path:
+    """A small ONNX file in it."""
+    return make_model(place)
 
 
 @pytest.fixture

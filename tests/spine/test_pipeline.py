@@ -141,7 +141,7 @@ def test_baseline_is_a_pointer_with_a_reason_and_notices_an_edited_run(compiled,
     outcome = pipeline.gate(str(path), margins=["artifact_size=+0%"])
     assert outcome.verdict.decision == "PASS"
     path.write_text(path.read_text().replace('"local"', '"other"', 1))
-    with pytest.raises(DocumentError, match="changed after it became the baseline"):
+    with pytest.raises(DocumentError, match="changed after it was written"):
         pipeline.gate(str(path), margins=["artifact_size=+0%"])
 
 
@@ -183,9 +183,9 @@ def test_child_that_dies_in_every_block_ends_with_exit_code_3_and_keeps_what_was
     assert "Traceback" not in told.splitlines()[0]
 
 
-def test_artifact_against_a_run_is_refused_with_a_sentence(compiled):
+def test_artifact_against_nothing_is_refused_with_a_sentence(compiled):
     folder = compiled("a")
-    with pytest.raises(UsageError, match="its baseline must be one too"):
+    with pytest.raises(UsageError, match="'nothing' is neither an artifact folder nor a run's file"):
         pipeline.gate(str(folder), baseline="nothing")
 
 
