@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edgedeploy"
 BACKENDS = sorted(path.parent for path in (PACKAGE / "backends").glob("*/__init__.py"))
 SESSIONS = sorted({session_file(folder.name) for folder in BACKENDS})
-DEVICE_FILES = [PACKAGE / "ondevice" / "runner.py", *SESSIONS, *PACKAGE.glob("backends/*/builder.py")]
+DEVICE_FILES = [
+    PACKAGE / "ondevice" / "runner.py",
+    PACKAGE / "evidence" / "check.py",
+    *SESSIONS,
+    *PACKAGE.glob("backends/*/builder.py"),
+]
 HEAVY = (
     "torch",
     "onnx",
@@ -34,6 +39,15 @@ HEAVY = (
     "safetensors",
     "sklearn",
     "torchao",
+    "sqlalchemy",
+    "alembic",
+    "ruptures",
+    "psycopg",
+    "starlette",
+    "uvicorn",
+    "cryptography",
+    "cyclonedx",
+    "mlflow",
 )
 # What a back end's device half imports, where that is not called as the back end is.
 RUNTIMES = {
@@ -56,6 +70,15 @@ VERBS = [
     "targets",
     "devices",
     "backends",
+    "explain",
+    "report",
+    "history",
+    "serve",
+    "bundle",
+    "install",
+    "rollback",
+    "reproduce",
+    "export",
 ]
 
 

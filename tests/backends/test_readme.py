@@ -32,6 +32,8 @@ def _short(words: list[str]) -> list[str]:
     """Return what keeps a command that measures short."""
     if words[1] == "bench":
         return ["--visits", "2"]
+    if words[1] == "bundle" and "--sign" in words:  # which verdict `run` came to depends on how quiet this machine is
+        return ["--allow-decision", "INCONCLUSIVE", "--allow-decision", "FAIL"]
     return ["--max-blocks", "2"] if words[1] in ("gate", "compare") else []
 
 
