@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-lab soak lab-up lab-down check bench bench-compression bench-runtimes smoke clean
+.PHONY: help demo test test-runtimes test-links test-lab soak lab-up lab-down check bench bench-compression bench-runtimes smoke clean
 help:
 	@echo "make demo    a verdict on a real model, measured on this machine, with an HTML report"
-	@echo "make test    format, lint, types, architecture and all tests"
+	@echo "make test    format, lint, types, architecture, and the tests that need nothing more (about 7 minutes)"
+	@echo "make test-runtimes   tests of the compilers and runtimes (about 7 minutes)"
+	@echo "make test-links  tests over SSH, on PostgreSQL and in a browser (about 2 minutes)"
 	@echo "make test-lab   tests on aarch64 devices that are made on this machine, as root (about 5 minutes)"
 	@echo "make soak    random faults while a matrix is measured, and whether the books balance (30 minutes)"
 	@echo "make lab-up     those devices to play with, and their lab.toml; make lab-down ends them"
@@ -52,12 +54,20 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# What waits for servers, links and browsers more than it computes; everything else fills the cores.
-WAITING := $(wildcard tests/ssh tests/store tests/browser)
+PYTEST := $(BIN)/pytest --dist loadfile --no-loadscope-reorder
+# Each ring needs something more: a compiler and every runtime; servers and a browser, for which it waits more than it computes.
+RUNTIMES := tests/backends
+LINKS := tests/ssh tests/store tests/browser
 
 test: check
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(WAITING:%=--ignore=%)
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(WAITING)
+	$(PYTEST) -n auto $(RUNTIMES:%=--ignore=%) $(LINKS:%=--ignore=%)
+
+test-runtimes: $(VENV)/.dev
+	$(PYTEST) -n auto $(RUNTIMES)
+
+# sshd, PostgreSQL and Chromium of Debian's; what is missing is skipped, and says so.
+test-links: $(VENV)/.dev
+	$(PYTEST) -n 4 $(LINKS)
 
 # LAB=all: the long tests too, half an hour in all.
 LAB ?= require

@@ -119,7 +119,7 @@ def test_reports_show_what_became_of_the_compression_and_escape_it():
     assert "integer weights in 0 of 5 layers" in page
     markdown = verdict_markdown(make_verdict(), make_runs(), artifacts)
     assert "| candidate: static int8 in 5 layers | artifact | lost | integer weights in 0 of 5 layers |" in markdown
-    assert "<script>" not in page.partition("<body>")[2]
+    assert "<script>x" not in page
     assert "<script>" not in markdown
     assert "What became of the compression" not in verdict_markdown(make_verdict(), make_runs(), {})
 
