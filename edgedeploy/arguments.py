@@ -278,3 +278,14 @@ def _absent(cell: CellEntry, target: Target, reason: str) -> Contender:
 def dropped_options(cell: CellEntry, made: CellEntry) -> Mapping[str, object]:
     """Return the options of a cell that its twin on another runtime does without."""
     return {key: value for key, value in cell.options.items() if key not in made.options}
+
+
+def web_address(text: str) -> str:
+    """Return where a report will be found, if it is a place that a link may lead to; "" for none.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if text and not text.startswith(("https://", "http://")):
+        raise UsageError(f"--report-url {text}: an address that begins with https:// is meant")
+    return text

@@ -32,6 +32,7 @@ from edgedeploy.arguments import (
     policy_from_pairs,
     precision_from_text,
     read_release,
+    web_address,
 )
 from edgedeploy.backends import Backend
 from edgedeploy.build import (
@@ -1041,8 +1042,7 @@ def write_reports(
     from edgedeploy.render.samples_csv import samples_csv
     from edgedeploy.render.sarif import verdict_sarif
 
-    if report_url and not report_url.startswith(("https://", "http://")):
-        raise UsageError(f"--report-url {report_url}: an address that begins with https:// is meant")
+    report_url = web_address(report_url)
     html, verdict, runs = _path(html), outcome.verdict, outcome.runs
     forms: dict[str, tuple[Path | None, Callable[[], str | Iterable[str]]]] = {
         "JUnit": (_path(junit), lambda: verdict_junit(verdict)),

@@ -161,7 +161,8 @@ def run_command(
             progress=board,
         )
     forms = report_forms(options)
-    forms["html"] = forms["html"] or pipeline.report_path(outcome, outcome.results or results)
+    # Always among the results too: history, serve and bundle look for verdicts there.
+    pipeline.write_reports(outcome, html=pipeline.report_path(outcome, outcome.results or results))
     pipeline.write_reports(outcome, **forms)
     code = show_outcome(outcome, as_json)
     if (told := _ledger_line(outcome)) and not as_json:

@@ -20,6 +20,13 @@ _FORMS = {
 _KEYS = (*_FORMS, "report_url")
 
 
+def _checked_address(context: click.Context, option: click.Parameter, given: str) -> str:
+    """Refuse what is no address before anything is measured."""
+    from edgedeploy.arguments import web_address
+
+    return web_address(given)
+
+
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say in which forms a verdict is written; `report_forms` takes them out again."""
     for option in reversed(
@@ -29,7 +36,11 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 for form, what in _FORMS.items()
             ),
             click.option(
-                "--report-url", default="", metavar="URL", help="Where the HTML will be; Markdown links there."
+                "--report-url",
+                default="",
+                metavar="URL",
+                callback=_checked_address,
+                help="Where the HTML will be; Markdown links there.",
             ),
         ]
     ):

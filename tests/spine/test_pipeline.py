@@ -159,6 +159,8 @@ def test_run_takes_a_release_file_to_a_verdict_and_a_report(release, capsys):
     assert "candidate" in Path("report.html").read_text()
     assert json.loads(Path("report.json").read_text())["decision"] == "PASS"
     assert len(list(Path("bench_results/runs").rglob("*.json"))) == 2
+    (kept,) = Path("bench_results/reports").glob("*.json")  # where history, serve and bundle look for it
+    assert kept.read_bytes() == Path("report.json").read_bytes()
 
 
 def test_run_exits_1_when_the_candidate_is_slower(release, capsys):
