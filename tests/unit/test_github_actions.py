@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-import edgedeploy.cli
+from tests.command_lines import parse
 
 yaml = pytest.importorskip("yaml")
 
@@ -35,13 +35,6 @@ def commands():
 
 def step_named(name):
     return next(step for _, step in STEPS if step.get("name") == name)
-
-
-def parse(words):
-    """Parse a command line as edgedeploy does, without running it."""
-    with click.Context(edgedeploy.cli.cli, info_name="edgedeploy") as parent:
-        name, command, rest = edgedeploy.cli.cli.resolve_command(parent, list(words))
-        return command.make_context(name, rest, parent=parent).params
 
 
 def test_the_workflow_runs_edgedeploy():
