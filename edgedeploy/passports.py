@@ -28,7 +28,7 @@ from edgedeploy.judge.estimate import POWER
 from edgedeploy.judge.false_alarms import summary_of as false_alarms_of
 from edgedeploy.judge.noise import blocks_to_decide, noise_of, smallest_effect
 from edgedeploy.judge.planning import CellNoise, latency_error_rate, policy_of, relative_margin, spend
-from edgedeploy.judge.sentinel import ends_of, judge_sentinel, reading_of
+from edgedeploy.judge.sentinel import judge_sentinel, reading_of
 from edgedeploy.judge.speed import blocks_of
 from edgedeploy.lab.inventory import LOCAL, lab_path, load_lab
 from edgedeploy.lab.inventory import device as device_of
@@ -156,20 +156,8 @@ def sentinel_series(store: Results, devices: Iterable[str]) -> list[SentinelRead
         if passport is not None and passport[0].sentinel is not None:
             found[passport[0].sentinel.session, passport[0].sentinel.backend] = passport[0].sentinel
     for path, run in _glances(store):
-        if run.device in wanted and (ends := ends_of(run.sentinel)) is not None:
-            found[run.session, run.artifact.backend] = SentinelReading(
-                session=run.session,
-                started_utc=run.started_utc,
-                device=run.device,
-                cpu_model=run.facts.cpu_model,
-                boot_id=run.facts.boot_id,
-                backend=run.artifact.backend,
-                artifact_sha256=run.sentinel_sha256,
-                runtime=run.runtime,
-                start_s=ends[0],
-                end_s=ends[1],
-                file=str(path),
-            )
+        if run.device in wanted and (reading := reading_of(run, file=str(path))) is not None:
+            found[run.session, run.artifact.backend] = reading
     return sorted(found.values(), key=lambda one: (one.started_utc, one.session))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import socket
+import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,16 +45,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-METRICS: tuple[HistoryMetric, ...] = (
-    "latency_p50",
-    "latency_p95",
-    "latency_p99",
-    "load_time",
-    "first_inference",
-    "peak_memory",
-    "artifact_size",
-    "accuracy",
-)
+METRICS: tuple[HistoryMetric, ...] = typing.get_args(HistoryMetric)
 # Files read before what they say is written: a transaction a file would wait for the disk ten thousand times.
 _BATCH = 256
 _SPARKLINE_POINTS = 40

@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from edgedeploy.judge.percentiles import samples_of
 from edgedeploy.records.passport import Passport, SentinelReading, SentinelSummary
-from edgedeploy.records.run import Run, Visit
+from edgedeploy.records.run import Visit
 from edgedeploy.units import format_change, format_duration
 
 # Of sessions in which nothing happened.
@@ -40,8 +41,13 @@ def ends_of(visits: Sequence[Visit]) -> tuple[float, float] | None:
     return statistics.median(samples_of(ends[False])), statistics.median(samples_of(ends[True]))
 
 
-def reading_of(run: Run, *, file: str = "") -> SentinelReading | None:
-    """Return what the sentinel took in a run's session; None where it was not visited at both ends undisturbed."""
+def reading_of(run: Any, *, file: str = "") -> SentinelReading | None:
+    """Return what the sentinel took in a run's session; None where it was not visited at both ends undisturbed.
+
+    Args:
+        run: a Run, or what was read of one without its samples.
+        file: where it is kept.
+    """
     ends = ends_of(run.sentinel)
     if ends is None:
         return None

@@ -221,21 +221,27 @@ def judge_latency(evidence: LatencyEvidence, policy: Policy, *, error_rate: Erro
     return with_limit(change, judge_own_level(evidence, policy, share), margin)
 
 
+def refused_latency(evidence: LatencyEvidence, reason: str, needed: str, *, is_stored: bool = False) -> Finding:
+    """Return the finding where two latencies cannot be compared: why, and what would make them so."""
+    margin = evidence.margin
+    return Finding(
+        metric=evidence.metric,
+        decision="INCONCLUSIVE" if margin else "PASS",
+        baseline_value=evidence.baseline_s,
+        candidate_value=evidence.candidate_s,
+        effect=None,
+        margin=margin,
+        reason=reason if margin else f"reported, not judged; {reason}",
+        needed=needed if margin else "",
+        is_stored=is_stored,
+    )
+
+
 def _judge_change(evidence: LatencyEvidence, policy: Policy, error_rate: ErrorRate) -> Finding:
     blocks, margin = evidence.blocks, evidence.margin
     refusal = evidence.refusal or (None if blocks.usable else _why_no_block(evidence, blocks, policy))
     if refusal is not None:
-        reason, needed = refusal
-        return Finding(
-            metric=evidence.metric,
-            decision="INCONCLUSIVE" if margin else "PASS",
-            baseline_value=evidence.baseline_s,
-            candidate_value=evidence.candidate_s,
-            effect=None,
-            margin=margin,
-            reason=reason if margin else f"reported, not judged; {reason}",
-            needed=needed if margin else "",
-        )
+        return refused_latency(evidence, *refusal)
     looks = _looks(policy, error_rate)
     look = min(len(blocks.usable), policy.max_blocks)
     if margin is not None:

@@ -27,6 +27,7 @@ from edgedeploy.judge.speed import (
     counted_visits,
     judge_own_level,
     level_s,
+    refused_latency,
     why_no_level,
     why_not_interleaved,
     why_other_device,
@@ -91,18 +92,7 @@ def _judge_change(
     levels = [_logarithms(evidence.metric, run) for run in (baseline, candidate)]
     refusal = _why_not(evidence.metric, baseline, candidate, levels, noise, *apart)
     if refusal is not None:
-        reason, needed = refusal
-        return Finding(
-            metric=evidence.metric,
-            decision="INCONCLUSIVE" if margin else "PASS",
-            baseline_value=evidence.baseline_s,
-            candidate_value=evidence.candidate_s,
-            effect=None,
-            margin=margin,
-            reason=reason if margin else f"reported, not judged; {reason}",
-            needed=needed if margin else "",
-            is_stored=True,
-        )
+        return refused_latency(evidence, *refusal, is_stored=True)
     assert noise is not None, "its absence is refused"
     estimate = estimate_across_sessions(levels[0], levels[1], noise)
     before_s, after_s = (math.exp(statistics.fmean(side)) for side in levels)
