@@ -47,7 +47,7 @@ _SUMMARIES = {
     "inspect": "Say what a model or artifact is and what compression it carries.",
     "compile": "Turn a model into an artifact for one target.",
     "sensitivity": "Show what layers left in float would gain in int8, and cost.",
-    "verify": "Compare a model's source, its ONNX form and an artifact on the same samples.",
+    "verify": "Compare a model's source, its ONNX form and an artifact; with --key, check a bundle.",
     "bench": "Measure one artifact on a device.",
     "compare": "Show how candidate B differs from baseline A.",
     "gate": "Judge a candidate against a baseline; the exit code is the verdict.",
