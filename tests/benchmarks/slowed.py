@@ -20,9 +20,10 @@ from edgedeploy.lab import bundle, visits
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import open_transport
 from edgedeploy.lab.visits import Schedule, Side
+from edgedeploy.measure import artifact_reference
 from edgedeploy.prepare.dataset import inference_batch, random_samples
 from edgedeploy.records.device import Device
-from edgedeploy.records.run import ArtifactReference, Boundary, Run, Visit
+from edgedeploy.records.run import Boundary, Run, Visit
 from edgedeploy.records.target import ConditionLimits
 from edgedeploy.results import utc_now
 from edgedeploy.storage import sha256_file, write_atomic
@@ -124,22 +125,11 @@ def block_of(site: Site, schedule: Schedule, limits: ConditionLimits, *, block: 
 
 def run_of(built: Built, site: Site, label: str, taken: Sequence[Visit], session: str, *, is_baseline: bool) -> Run:
     """Return what the judge takes: a run with these visits and nothing else."""
-    artifact, recipe = built.artifact, built.artifact.recipe
     return Run(
         session=session,
         cell=label,
         side="baseline" if is_baseline else "candidate",
-        artifact=ArtifactReference(
-            name=artifact.name,
-            sha256=artifact.sha256,
-            size_bytes=artifact.size_bytes,
-            key=artifact.key,
-            model=recipe.model,
-            target=recipe.target,
-            backend=recipe.backend,
-            precision=recipe.precision,
-            options=recipe.options,
-        ),
+        artifact=artifact_reference(built.artifact),
         device="local",
         facts=site.agent.facts,
         runtime="",
