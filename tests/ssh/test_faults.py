@@ -34,6 +34,7 @@ LINK = [
         "dropped at connect",
         lambda place: place.board.stop(),
         "without an SSH greeting|dropped the connection|cannot be reached: .*reset by peer",
+        device={"connect_timeout_s": 30.0},  # a busy machine must not take the drop for silence
         mends=lambda place: place.board.start(),
     ),
     Fault(
