@@ -78,6 +78,8 @@ def _budget_s(context: click.Context, option: click.Parameter, text: str) -> flo
         raise UsageError(f"--budget {text}: {error}") from error
     if seconds <= 0:
         raise UsageError(f"--budget {text}: give the time that each device may measure, such as 20m")
+    if text.strip()[-1].isdigit():
+        raise UsageError(f"--budget {text}: say which unit is meant, such as {text}m or {text}s")
     return seconds
 
 

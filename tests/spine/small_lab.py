@@ -5,10 +5,19 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
+from edgedeploy import measure
 from edgedeploy.lab.visits import Schedule
 
 # Two bursts of thirty inferences of 50 µs: what is tested here is who measures what, not how fast it is.
 QUICK = Schedule(bursts_per_visit=2, samples_per_burst=30, lead_in=0, warm_up_cap_s=0.2)
+
+
+def measure_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every measurement of a test take a moment."""
+    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: QUICK)
+    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
 
 
 def write_lab(place: Path, names: Iterable[str], **more: dict[str, str]) -> Path:

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from edgedeploy import measure, pipeline
+from edgedeploy import pipeline
 from edgedeploy.errors import DeviceError
 from edgedeploy.lab import health
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.ondevice import runner
 
-from .small_lab import QUICK, write_lab, write_release
+from .small_lab import measure_quickly, write_lab, write_release
 
 
 @pytest.fixture
 def site(model, monkeypatch) -> Path:
-    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: QUICK)
-    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
+    measure_quickly(monkeypatch)
     monkeypatch.setattr(health, "_LOAD_SPAN_S", 0.02)
     return model.parent
 

@@ -12,7 +12,7 @@ from edgedeploy.journal import Finished, Journal, Planned, Resumed, SessionStep
 from edgedeploy.lab import health
 from edgedeploy.records.session import Begun, BlockEnded, Continued, MemoryMeasured, Shipped
 
-from .small_lab import QUICK, write_lab, write_release
+from .small_lab import measure_quickly, write_lab, write_release
 
 
 class Killed(BaseException):
@@ -21,8 +21,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: QUICK)
-    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
+    measure_quickly(monkeypatch)
     monkeypatch.setattr(health, "check", lambda *arguments, **options: health.Health())
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import edgedeploy.cli
 from edgedeploy import journal as journals
-from edgedeploy import measure, pipeline
+from edgedeploy import pipeline
 from edgedeploy.journal import Planned
 from edgedeploy.judge import noise, planning
 from edgedeploy.lab import health
@@ -16,15 +16,14 @@ from edgedeploy.records.passport import AaCell, AaOutcome, Passport
 from edgedeploy.render.text import verdict_text
 from edgedeploy.results import Results
 
-from .small_lab import QUICK, write_lab, write_release
+from .small_lab import measure_quickly, write_lab, write_release
 
 MARGIN = ("--margin", "latency_p50=+60%")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: QUICK)
-    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
+    measure_quickly(monkeypatch)
     monkeypatch.setattr(health, "check", lambda *arguments, **options: health.Health())
 
 
@@ -91,6 +90,7 @@ def test_release_is_tried_against_itself(site, capsys):
         (["gate", "edgedeploy.toml", "--aa", "--margin", "latency_p50=+5%"], "itself says --margin"),
         (["gate", "a", "--aa", "--baseline", "b"], "--baseline is of no use with --aa"),
         (["run", "--budget", "soon"], "a time from 0 to a week is meant"),
+        (["run", "--budget", "20"], "say which unit is meant, such as 20m or 20s"),
         (["run", "--budget", "0"], "give the time that each device may measure"),
         (["devices", "passport", "nobody"], "there is no device 'nobody'"),
     ],

@@ -13,14 +13,13 @@ from edgedeploy.judge.sentinel import reading_of
 from edgedeploy.lab import health, visits
 from edgedeploy.records.session import BlockEnded, MemoryMeasured, SentinelVisited
 
-from .small_lab import QUICK, write_lab, write_release
+from .small_lab import QUICK, measure_quickly, write_lab, write_release
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: QUICK)
+    measure_quickly(monkeypatch)
     monkeypatch.setattr(measure, "SENTINEL", QUICK)
-    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
     monkeypatch.setattr(health, "check", lambda *arguments, **options: health.Health())
 
 
