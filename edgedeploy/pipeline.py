@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ from edgedeploy import passports
 from edgedeploy.arguments import (
     ALL,
     DEFAULT_MARGINS,
-    allowed_precisions,
     backends_of,
     dropped_options,
     margins_from_texts,
@@ -32,9 +30,7 @@ from edgedeploy.arguments import (
     policy_from_pairs,
     precision_from_text,
     read_release,
-    web_address,
 )
-from edgedeploy.backends import Backend
 from edgedeploy.build import (
     BuildRequest,
     Built,
@@ -44,21 +40,13 @@ from edgedeploy.build import (
     canonical_model,
     deliver,
     load_artifact,
-    stored_artifact,
     this_target,
 )
-from edgedeploy.dispatch import Dispatched, Ended, Occupied, Terms, Work, dispatch
-from edgedeploy.documents import closest, encode_json, line_number, read_json, write_json
+from edgedeploy.comparing import Comparing
+from edgedeploy.dispatch import Dispatched, Ended, Terms, Work, dispatch
+from edgedeploy.documents import closest, read_json
 from edgedeploy.engines import engine, is_tied_to_device
-from edgedeploy.errors import (
-    BackendMissing,
-    DeviceError,
-    EdgedeployError,
-    InternalError,
-    ModelError,
-    ToolchainError,
-    UsageError,
-)
+from edgedeploy.errors import BackendMissing, InternalError, UsageError
 from edgedeploy.explain import CAP_S, PASSES, ExplainRequest, explained
 from edgedeploy.explain import explain as find_reasons
 from edgedeploy.journal import Finished, History, Journal, Planned, PlannedCell, Resumed, history, unfinished
@@ -68,7 +56,8 @@ from edgedeploy.judge.percentiles import samples_for
 from edgedeploy.judge.planning import blocks_by_cell
 from edgedeploy.lab.inventory import LOCAL, lab_path, load_lab
 from edgedeploy.lab.inventory import device as device_of
-from edgedeploy.measure import Evaluation, MeasurementInterrupted, MeasureRequest, measure
+from edgedeploy.measure import Evaluation, MeasureRequest
+from edgedeploy.outcomes import AnyPath, Outcome, Pair, StoredRun, judge_pairs, measure_and_store, optional_path, silent
 from edgedeploy.records.artifact import Artifact, OptionValue
 from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.device import Device, Lab
@@ -78,64 +67,16 @@ from edgedeploy.records.quantization import QuantizationPolicy
 from edgedeploy.records.release import CellEntry, Release, baseline_of, input_specs
 from edgedeploy.records.run import Run
 from edgedeploy.records.sensitivity import Sensitivity
-from edgedeploy.records.target import ConditionLimits, Precision, Target
+from edgedeploy.records.target import ConditionLimits, Target
 from edgedeploy.records.verdict import FORMAT as VERDICT_FORMAT
 from edgedeploy.records.verdict import CellVerdict, Contender, LedgerEntry, Policy, Verdict
 from edgedeploy.render.commands import command_line
 from edgedeploy.render.noise import plan_lines
 from edgedeploy.results import Results, load_run, utc_now
-from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file, write_atomic
+from edgedeploy.storage import cache_dir, sha256_file, write_atomic
 
-# What a verb takes for a file or a folder; a relative one starts at the working directory.
-AnyPath = str | Path
 # device = "any": whichever of the lab is of the cell's target. --resume: the newest run that stopped in the middle.
 ANY, NEWEST = "any", "newest"
-
-
-def _silent(text: str) -> None:
-    """Tell nobody."""
-
-
-def _path(given: AnyPath | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRun:
-    """A run and the file that keeps it."""
-
-    file: str
-    run: Run
-
-
-Pair = tuple[StoredRun, StoredRun]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A verdict with what it rests on.
-
-    Attributes:
-        runs: file of a run (as the verdict names it) → the run.
-        artifacts: cell → artifact.
-        problems: the cells that could not be built or measured; the verdict has them as INCONCLUSIVE.
-        files: label → where something was written.
-        other_runtimes: back ends of the candidates' targets that no cell was made for.
-        journal: name of the run, to go on with it; results: where its runs are.
-        occupied: when which device was at work.
-        release: the release file that it is of; None: of none, or that is not known.
-    """
-
-    verdict: Verdict
-    runs: Mapping[str, Run]
-    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
-    problems: tuple[CellVerdict, ...] = ()
-    files: dict[str, Path] = field(default_factory=dict)
-    other_runtimes: tuple[str, ...] = ()
-    journal: str = ""
-    results: Path | None = None
-    occupied: tuple[Occupied, ...] = ()
-    release: Path | None = None
 
 
 # ---------------------------------------------------------------- the whole spine
@@ -160,7 +101,7 @@ def run(
     is_explained: bool = True,
     budget_s: float = 0.0,
     against_itself: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Outcome:
     """Build, measure and judge every candidate cell of a release file, each on a free device of its own or its kind.
 
@@ -199,7 +140,7 @@ def run(
     if executor is not None:  # its workers may stand in other folders
         release_file, results = release_file.absolute(), Path(results).absolute()
     release, policy = read_release(release_file)
-    lab_file = lab_path(_path(lab))
+    lab_file = lab_path(optional_path(lab))
     inventory = load_lab(lab_file)
     chosen = _chosen_cells(release_file, release, cells, targets, backends)
     if against_itself or (known is not None and known.planned.against_itself):
@@ -481,7 +422,7 @@ def _concluded(
             progress(f"to go on with it: edgedeploy run --resume {journal.name}")
         raise error
     notes = _leakage_notes(path, release, done.artifacts)
-    outcome = _judged(release.name, pairs, policy, done.artifacts, notes)
+    outcome = judge_pairs(release.name, pairs, policy, done.artifacts, notes)
     outcome = _with_self_knowledge(outcome, Results(results))
     outcome = _side_by_side(_with_problems(outcome, problems), absent, chosen.notes)
     verdict = msgspec.structs.replace(outcome.verdict, ledger=tuple(ledger))
@@ -527,7 +468,7 @@ def plan(
         steps.append(f"judge {candidate.name} against {baseline.name}: {margins or 'no margins, nothing is judged'}")
     steps += [f"leave out {one.cell}: {one.absent}" for one in chosen.absent]
     if budget_s:
-        inventory = load_lab(lab_path(_path(lab)))
+        inventory = load_lab(lab_path(optional_path(lab)))
         works = [
             _work(release_file, release, candidate, baseline, inventory, device, False, False)
             for candidate, baseline in chosen.pairs
@@ -560,7 +501,7 @@ def compile(
     wait_s: float = 0.0,
     trust_pickle: bool = False,
     rebuild: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Built:
     """Turn a model into an artifact; with `output`, copy it and its manifest there.
 
@@ -576,7 +517,7 @@ def compile(
         raise UsageError(f"{backend} compiles on this machine; leave --device {device} out, and give it to bench")
     if not device and is_tied_to_device(backend):
         raise UsageError(f"{backend} builds its artifacts on the device that runs them; name it with --device")
-    place = device_of(load_lab(lab_path(_path(lab))), device) if device else None
+    place = device_of(load_lab(lab_path(optional_path(lab))), device) if device else None
     source, policy = str(source), _policy(quantization)
     if quantization and precision != "int8" and not isinstance(quantization, QuantizationPolicy):
         raise UsageError(
@@ -587,12 +528,12 @@ def compile(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
-        weights=_path(weights),
+        weights=optional_path(weights),
         inputs=parse_inputs(inputs),
         target=target,
         backend=backend,
         precision=precision_from_text(precision),
-        calibration=_path(calibration),
+        calibration=optional_path(calibration),
         options=options or {},
         policy=policy,
         allow_loss=allow_loss,
@@ -616,7 +557,7 @@ def sensitivity(
     quantization: Sequence[str] | QuantizationPolicy = (),
     name: str | None = None,
     trust_pickle: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Sensitivity:
     """Say what a model gains in int8 when one layer after another stays float, and what that costs.
 
@@ -640,7 +581,7 @@ def sensitivity(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
-        weights=_path(weights),
+        weights=optional_path(weights),
         inputs=parse_inputs(inputs),
         target=target,
         backend=backend,
@@ -676,7 +617,7 @@ def bench(
     seed: int = 0,
     wait_s: float = 0.0,
     results: AnyPath = Path("bench_results"),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> tuple[Run, Path]:
     """Measure one artifact and store the run; return it and its file.
 
@@ -689,7 +630,7 @@ def bench(
     request = MeasureRequest(
         sides=((built.artifact.name, built),),
         device_name=device,
-        device=device_of(load_lab(lab_path(_path(lab))), device),
+        device=device_of(load_lab(lab_path(optional_path(lab))), device),
         limits=_limits(built.artifact.recipe.target),
         evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
         blocks=visits,
@@ -698,7 +639,7 @@ def bench(
         wait_s=wait_s,
         sentinels=_sentinels(built, progress=progress),
     )
-    (stored,) = _stored_runs(request, lambda runs: False, Results(Path(results)), progress)
+    (stored,) = measure_and_store(request, lambda runs: False, Results(Path(results)), progress)
     return stored.run, Path(stored.file)
 
 
@@ -725,7 +666,7 @@ def compare_precisions(
     seed: int = 0,
     wait_s: float = 0.0,
     results: AnyPath = Path("bench_results"),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Comparison:
     """Build a model in every precision that a target and its back ends allow, and measure each beside fp32.
 
@@ -757,12 +698,12 @@ def compare_precisions(
         name=name or model_name(source),
         source=source,
         base=Path.cwd(),
-        weights=_path(weights),
+        weights=optional_path(weights),
         inputs=parse_inputs(inputs),
         target=target,
         backend="",
         precision="fp32",
-        calibration=_path(calibration),
+        calibration=optional_path(calibration),
         options=options or {},
         policy=_policy(quantization),
         allow_loss=allow_loss,
@@ -770,14 +711,14 @@ def compare_precisions(
     )
     accuracy = _accuracy_margin(margin, metric) if evaluation else ""
     limits = margins_from_texts(("latency_p50=+0%", *([f"accuracy={accuracy}"] if accuracy else [])))
-    comparing = _Comparing(
+    comparing = Comparing(
         request,
         resolved,
         Policy(margins=limits, max_blocks=max_blocks, min_blocks=min(4, max_blocks)),
         MeasureRequest(
             sides=(),
             device_name=device,
-            device=device_of(load_lab(lab_path(_path(lab))), device),
+            device=device_of(load_lab(lab_path(optional_path(lab))), device),
             limits=resolved.conditions,
             evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
@@ -811,7 +752,7 @@ def gate(
     wait_s: float = 0.0,
     is_explained: bool = True,
     results: AnyPath = Path("bench_results"),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Outcome:
     """Judge a candidate against a baseline: two artifact folders are measured, two stored runs are judged as they are.
 
@@ -854,7 +795,7 @@ def gate(
         request = MeasureRequest(
             sides=sides,
             device_name=device,
-            device=device_of(load_lab(lab_path(_path(lab))), device),
+            device=device_of(load_lab(lab_path(optional_path(lab))), device),
             limits=_limits(sides[-1][1].artifact.recipe.target),
             evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             blocks=max_blocks,
@@ -864,14 +805,14 @@ def gate(
             least_samples=samples_for(policy.margins),
         )
         if isinstance(before, StoredRun):
-            (measured,) = _stored_runs(request, lambda runs: False, store, progress)
+            (measured,) = measure_and_store(request, lambda runs: False, store, progress)
             pair, request = (before, measured), None
         else:
             pair = _measured_pair(request, policy, 1, store, progress)
     else:
         pair = _stored_pair(store, candidate, baseline)
     name = f"{pair[1].run.cell} against {pair[0].run.cell}"
-    outcome = _judged(name, [pair], policy, artifacts, notes, _noises(store, [pair]))
+    outcome = judge_pairs(name, [pair], policy, artifacts, notes, _noises(store, [pair]))
     outcome = _with_self_knowledge(outcome, store)
     options = {"baseline": baseline, "margin": margins, "max-blocks": _unusual(max_blocks, 16), "seed": seed}
     places = {"device": _unusual(device, "local"), "lab": lab, "results": _unusual(results, "bench_results")}
@@ -901,7 +842,7 @@ def explain(
     seed: int = 0,
     wait_s: float = 0.0,
     results: AnyPath = Path("bench_results"),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> tuple[Explanation, Path]:
     """Say why a candidate is slower or less accurate than a baseline; return that and the file that keeps it.
 
@@ -933,7 +874,7 @@ def explain(
         ExplainRequest(
             sides=((names[0], found[0][1]), (names[1], found[1][1])),
             device_name=place,
-            device=device_of(load_lab(lab_path(_path(lab))), place),
+            device=device_of(load_lab(lab_path(optional_path(lab))), place),
             limits=_limits(found[1][1].artifact.recipe.target),
             evaluation=Evaluation(path=Path(evaluation), metric=metric, output=output_name) if evaluation else None,
             outputs=(answers[0], answers[1]) if len(answers) == 2 and not evaluation else None,
@@ -954,7 +895,7 @@ def inspect(
     inputs: Sequence[str] = (),
     reference: AnyPath | None = None,
     trust_pickle: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Model | Artifact:
     """Return what a model is: its Artifact for a folder that `compile` wrote, else its Model after export.
 
@@ -988,7 +929,7 @@ def inspect(
         report = compression_report(built.file, reference=_dense(reference, canonical))
         report = msgspec.structs.replace(report, statements=built.artifact.compression.statements)
         return msgspec.structs.replace(built.artifact, compression=report)
-    found = canonical(model, _path(weights))
+    found = canonical(model, optional_path(weights))
     dense = _dense(reference, canonical) if reference else None
     report = compression_report(Path(found.path), table=found.quantization, reference=dense)
     made = statements(found.kinds, report, None)
@@ -1011,145 +952,6 @@ def init(path: AnyPath, *, force: bool = False) -> Path:
         raise UsageError(f"{path} exists; give another path, or --force to replace it")
     write_atomic(path, (Path(__file__).parent / "release_template.toml").read_bytes())
     return path
-
-
-def write_reports(
-    outcome: Outcome,
-    *,
-    junit: AnyPath | None = None,
-    markdown: AnyPath | None = None,
-    html: AnyPath | None = None,
-    sarif: AnyPath | None = None,
-    csv: AnyPath | None = None,
-    report_url: str = "",
-    is_stored: bool = False,
-) -> None:
-    """Write the verdict in the forms that were asked for, by text or Path, and note in `outcome.files` where.
-
-    Args:
-        outcome: the verdict and its runs.
-        junit, markdown, html, sarif, csv: where to; beside `html` the verdict itself is written, as JSON.
-        report_url: where the HTML report will be found; the Markdown links there.
-        is_stored: the verdict is written down already, and not written again.
-
-    Raises:
-        UsageError: two forms would be one file, or the address is none of the web.
-    """
-    from edgedeploy.prepare.evaluated import EvaluatedSamples
-    from edgedeploy.render.html import report_html
-    from edgedeploy.render.junit import verdict_junit
-    from edgedeploy.render.markdown import verdict_markdown
-    from edgedeploy.render.samples_csv import samples_csv
-    from edgedeploy.render.sarif import verdict_sarif
-
-    report_url = web_address(report_url)
-    html, verdict, runs = _path(html), outcome.verdict, outcome.runs
-    forms: dict[str, tuple[Path | None, Callable[[], str | Iterable[str]]]] = {
-        "JUnit": (_path(junit), lambda: verdict_junit(verdict)),
-        "Markdown": (
-            _path(markdown),
-            lambda: verdict_markdown(verdict, runs, outcome.artifacts, report_url=report_url),
-        ),
-        "SARIF": (
-            _path(sarif),
-            lambda: verdict_sarif(
-                verdict, runs, release=_from_here(outcome.release), lines=_lines_of_cells(outcome.release)
-            ),
-        ),
-        "CSV": (_path(csv), lambda: samples_csv(verdict, runs)),
-        "report": (
-            html,
-            lambda: report_html(verdict, runs, outcome.artifacts, sample_of=EvaluatedSamples(cache_dir() / "inputs")),
-        ),
-    }
-    stored = html.with_suffix(".json") if html is not None and not is_stored else None
-    places = [path.absolute() for path in (*(path for path, _ in forms.values()), stored) if path is not None]
-    if len(places) != len(set(places)):
-        raise UsageError("two forms of the report would be written into one file; give each a name of its own")
-    for label, (path, render) in forms.items():
-        if path is not None:
-            _write_text(path, render())
-            outcome.files[label] = path
-    if stored is not None:
-        write_json(stored, verdict)
-        outcome.files["verdict"] = stored
-
-
-def _write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, or one that is made line by line, whole or not at all."""
-    if isinstance(text, str):
-        write_atomic(path, text.encode())
-        return
-    with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as stream:
-        stream.writelines(text)
-
-
-def _from_here(path: Path | None) -> str:
-    """Return a path as seen from the working directory, which in a pipeline is the repository's root."""
-    if path is None:
-        return ""
-    whole, here = path.absolute(), Path.cwd()
-    return (whole.relative_to(here) if whole.is_relative_to(here) else Path(path.name)).as_posix()
-
-
-def _lines_of_cells(path: Path | None) -> dict[str, int]:
-    """Return at which line of a release file each of its cells is named."""
-    if path is None:
-        return {}
-    release, _ = read_release(path)
-    return {cell.name: line_number(path, "cells", place, "name") for place, cell in enumerate(release.cells)}
-
-
-def stored_outcome(
-    verdict_file: AnyPath,
-    *,
-    results: AnyPath | None = None,
-    elsewhere: AnyPath = Path("bench_results"),
-    progress: Progress = _silent,
-) -> Outcome:
-    """Return a verdict that was stored, with those of its runs and manifests that are at hand.
-
-    A run is looked for among those of a results folder, by the name of its file: what a verdict from elsewhere says
-    decides on no path here.
-
-    Args:
-        verdict_file: as `write_reports` wrote it, as text or Path, like the folders.
-        results: where the runs are kept; None: in the results folder that the verdict lies in, else `elsewhere`.
-        elsewhere: a results folder.
-        progress: told which runs are missing.
-
-    Raises:
-        DocumentError: the verdict, or a run of it, is damaged or no such document.
-    """
-    verdict = read_json(Path(verdict_file), Verdict, VERDICT_FORMAT)
-    around = Path(verdict_file).absolute().parent.parent
-    root = Path(results) if results else around if (around / "runs").is_dir() else Path(elsewhere)
-    known = {path.name: path for path in Results(root).run_files()}
-    runs: dict[str, Run] = {}
-    for name in dict.fromkeys(name for cell in verdict.cells for name in (cell.baseline_run, cell.candidate_run)):
-        if path := known.get(Path(name).name):
-            runs[name] = load_run(path)
-        elif name:
-            progress(f"the run {name} is not in {root}: what it says is missing from the report")
-    return Outcome(verdict, runs, _kept_manifests(runs.values()))
-
-
-def _kept_manifests(runs: Iterable[Run]) -> dict[str, Artifact]:
-    """Return the manifests of measured artifacts that the cache still has, by their digests."""
-    found: dict[str, Artifact] = {}
-    for reference in (run.artifact for run in runs):
-        if re.fullmatch(r"[0-9a-f]{64}", reference.key):  # it comes out of a file, and names a folder
-            artifact = stored_artifact(cache_dir() / "artifacts" / reference.key, reference.key)
-            if artifact is not None and artifact.sha256 == reference.sha256:
-                found[artifact.sha256] = artifact
-    return found
-
-
-def report_path(outcome: Outcome, results: AnyPath) -> Path:
-    """Return where `run` puts its HTML report and verdict by default: no other verdict has this name."""
-    time = re.sub(r"[^0-9TZ]", "", outcome.verdict.judged_utc)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", outcome.verdict.name)[:100]
-    return Path(results) / "reports" / f"{time}-{name}-{sha256_bytes(encode_json(outcome.verdict))[:8]}.html"
 
 
 # ---------------------------------------------------------------- what the verbs share
@@ -1415,20 +1217,8 @@ def _measured_pair(request: MeasureRequest, policy: Policy, cells: int, store: R
     def decided(runs: tuple[Run, ...]) -> bool:
         return is_decided(runs[0], runs[1], policy, cells=cells)
 
-    baseline, candidate = _stored_runs(request, decided, store, progress)
+    baseline, candidate = measure_and_store(request, decided, store, progress)
     return baseline, candidate
-
-
-def _stored_runs(
-    request: MeasureRequest, decided: Callable[[tuple[Run, ...]], bool], store: Results, progress: Progress
-) -> list[StoredRun]:
-    """Measure and store; an interrupted session is stored too, and its files are named in the error."""
-    try:
-        runs = measure(request, decided, progress)
-    except MeasurementInterrupted as error:
-        kept = [str(store.save_run(run)) for run in error.runs]
-        raise DeviceError(f"{error}; what was measured until then is kept in {', '.join(kept)}") from error
-    return [StoredRun(str(store.save_run(run)), run) for run in runs]
 
 
 def _blessed(store: Results, target: str, model: str) -> Path:
@@ -1501,45 +1291,6 @@ def _unusual(value: object, usual: object) -> object:
     return "" if str(value) == str(usual) else value
 
 
-def _lost(cell: CellVerdict, artifacts: Mapping[str, Artifact]) -> list[str]:
-    """Say which compression a cell's artifacts have lost: a verdict on them should not be read without it."""
-    return [
-        f"{name} has lost its compression ({one.kind}): {one.artifact_reason}"
-        for name in (cell.baseline_cell, cell.cell)
-        if (artifact := artifacts.get(name)) is not None
-        for one in artifact.compression.statements
-        if one.artifact == "lost"
-    ]
-
-
-def _judged(
-    name: str,
-    pairs: Sequence[Pair],
-    policy: Policy,
-    artifacts: Mapping[str, Artifact],
-    notes: tuple[str, ...] = (),
-    noises: Mapping[str, float] | None = None,
-) -> Outcome:
-    """Judge every pair within one error rate, and name in the verdict the files that it rests on."""
-    from edgedeploy.judge.contenders import contenders
-    from edgedeploy.judge.gate import judge_gate
-
-    sides = [(old.run, new.run) for old, new in pairs]
-    verdict = judge_gate(name, sides, policy, judged_utc=utc_now(), noises=noises)
-    cells = tuple(
-        msgspec.structs.replace(
-            cell,
-            baseline_run=old.file,
-            candidate_run=new.file,
-            notes=(*notes, *_lost(cell, artifacts), *cell.notes),
-        )
-        for cell, (old, new) in zip(verdict.cells, pairs, strict=True)
-    )
-    runs = {stored.file: stored.run for pair in pairs for stored in pair}
-    verdict = msgspec.structs.replace(verdict, cells=cells, contenders=contenders(cells, runs))
-    return Outcome(verdict, runs, artifacts)
-
-
 def _with_self_knowledge(outcome: Outcome, store: Results) -> Outcome:
     """Add to a verdict what is known of its devices, and of the gate itself."""
     return dataclasses.replace(outcome, verdict=passports.with_self_knowledge(outcome.verdict, outcome.runs, store))
@@ -1549,175 +1300,6 @@ def _sentinels(*sides: Built, progress: Progress) -> dict[str, Built]:
     """Return the sentinels of the back ends of some artifacts, compiled for the last one's target."""
     backends = dict.fromkeys(built.artifact.recipe.backend for built in sides)
     return passports.sentinels(sides[-1].artifact.recipe.target, backends, progress)
-
-
-# ---------------------------------------------------------------- precisions side by side
-
-
-@dataclass(slots=True)
-class _Comparing:
-    """A model in every precision of some back ends, on the way from a request to a table.
-
-    Attributes:
-        request, session: what is asked for, less what differs from one artifact to the next.
-        built: back end → precision → artifact.
-        pairs: fp32 and another precision of one back end, measured.
-        play_offs: the best of two back ends, measured.
-    """
-
-    request: BuildRequest
-    target: Target
-    policy: Policy
-    session: MeasureRequest
-    store: Results
-    progress: Progress
-    built: dict[str, dict[Precision, Built]] = field(default_factory=dict)
-    absent: list[Contender] = field(default_factory=list)
-    errors: list[EdgedeployError] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
-    play_offs: list[Pair] = field(default_factory=list)
-
-    @property
-    def output(self) -> str:
-        """The output that the metric judges; "" for the only one."""
-        return self.session.evaluation.output if self.session.evaluation else ""
-
-    def build(self, backend: str, state: Backend | str) -> None:
-        """Build every precision that a back end may have, or note why not."""
-        if isinstance(state, str):
-            for precision in self.target.backends[backend].precisions:
-                self._leave_out(backend, precision, state)
-            return
-        for precision in allowed_precisions(self.target, state):
-            try:
-                built = build(dataclasses.replace(self.request, backend=backend, precision=precision), self.progress)
-                session = self.session
-                built = engine(built, session.device_name, session.device, self.progress, wait_s=session.wait_s)
-            except (ModelError, ToolchainError, DeviceError) as error:
-                self._fail(backend, precision, error)
-            except UsageError as error:
-                # What is missing for int8 alone, a calibration set, need not keep the others from being compared.
-                if precision != "int8" or self.request.calibration is not None:
-                    raise
-                self._fail(backend, precision, error)
-            else:
-                self.built.setdefault(backend, {})[precision] = built
-
-    def measure(self) -> None:
-        """Measure every precision beside the fp32 of its back end."""
-        work: list[tuple[Built, Built]] = []
-        for backend, precisions in self.built.items():
-            fp32 = precisions.get("fp32")
-            for precision, built in precisions.items():
-                if fp32 is None:
-                    self._leave_out(backend, precision, "there is no fp32 of this back end to compare it with")
-                elif built is not fp32:
-                    work.append((fp32, built))
-        for fp32, built in work:
-            if (pair := self._measured(fp32, built, self.session, len(work))) is not None:
-                self.pairs.append(pair)
-        if not self.pairs and self.errors:
-            raise self.errors[0]
-        if not self.pairs:
-            said = "; ".join(dict.fromkeys(row.absent for row in self.absent)) or "only one precision is allowed"
-            raise UsageError(f"nothing can be compared for target {self.target.name!r}: {said}")
-
-    def result(self, accuracy_margin: str) -> Comparison:
-        """Judge what was measured, let the best of each back end play off, and say what all of it shows."""
-        from edgedeploy.judge import advice, contenders
-
-        outcome = _judged(self.request.name, self.pairs, self.policy, {})
-        cells = outcome.verdict.cells
-        if not any(stored.run.outputs and stored.run.outputs.scores for pair in self.pairs for stored in pair):
-            accuracy_margin = ""
-        champion, finals = "", Outcome(_judged(self.request.name, [], self.policy, {}).verdict, {})
-        if advice.has_latency(cells):
-            champion, finals = self._play_off(cells, is_accuracy_judged=bool(accuracy_margin))
-        rows = contenders.with_agreement(outcome.verdict.contenders, _agreements(self.pairs, self.output))
-        rows = (*rows, *contenders.only_in(finals.verdict.contenders, rows))
-        known = {name: rules.int8_slower for name, rules in self.target.backends.items()}
-        by_cell = {row.cell: row for row in rows}
-        said = advice.conclusions(cells, by_cell, known, is_accuracy_judged=bool(accuracy_margin))
-        last = advice.conclusion(
-            by_cell.get(champion), accuracy_margin=accuracy_margin, is_evaluated=self.session.evaluation is not None
-        )
-        return Comparison(
-            name=self.request.name,
-            target=self.target.name,
-            device=self.session.device_name,
-            contenders=(*rows, *self.absent),
-            cells=cells,
-            play_offs=finals.verdict.cells,
-            accuracy_margin=accuracy_margin,
-            conclusions=(*said, *advice.play_off_conclusions(finals.verdict.cells, by_cell), last),
-            fastest=champion,
-            runs=(*outcome.runs, *finals.runs),
-        )
-
-    def _play_off(self, cells: Sequence[CellVerdict], *, is_accuracy_judged: bool) -> tuple[str, Outcome]:
-        """Return the cell of the fastest of all back ends, and what it was decided by."""
-        from edgedeploy.judge.advice import faster_by, fastest_of
-
-        policy = Policy(
-            margins=margins_from_texts(("latency_p50=+0%",)),
-            max_blocks=self.policy.max_blocks,
-            min_blocks=self.policy.min_blocks,
-        )
-        champion: Built | None = None
-        for precisions in self.built.values():
-            fp32 = precisions.get("fp32")
-            if fp32 is None:
-                continue
-            own = [cell for cell in cells if cell.baseline_cell == fp32.artifact.name]
-            name = fastest_of(own, fp32.artifact.name, is_accuracy_judged=is_accuracy_judged)
-            best = next(built for built in precisions.values() if built.artifact.name == name)
-            if champion is None:
-                champion = best
-                continue
-            session = dataclasses.replace(self.session, evaluation=None)
-            pair = self._measured(champion, best, session, 1)
-            if pair is None:
-                continue
-            self.play_offs.append(pair)
-            (cell,) = _judged(self.request.name, [pair], policy, {}).verdict.cells
-            champion = best if faster_by(cell) is not None else champion
-        assert champion is not None, "a pair was measured, and it had an fp32"
-        return champion.artifact.name, _judged(self.request.name, self.play_offs, policy, {})
-
-    def _measured(self, baseline: Built, candidate: Built, session: MeasureRequest, cells: int) -> Pair | None:
-        """Measure two artifacts until it is known which is faster; None, with a row that says why, where it failed."""
-        from edgedeploy.judge.advice import is_timed
-
-        sides = tuple((built.artifact.name, built) for built in (baseline, candidate))
-        recipe = candidate.artifact.recipe
-        try:
-            first, second = _stored_runs(
-                dataclasses.replace(session, sides=sides),
-                lambda runs: is_timed(runs[0], runs[1], self.policy, cells=cells),
-                self.store,
-                self.progress,
-            )
-        except (ModelError, ToolchainError, DeviceError) as error:
-            self._fail(recipe.backend, recipe.precision, error)
-            return None
-        return first, second
-
-    def _fail(self, backend: str, precision: Precision, error: EdgedeployError) -> None:
-        self.progress(f"{self.request.name}: {backend} {precision}: {error}")
-        self.errors.append(error)
-        self._leave_out(backend, precision, str(error))
-
-    def _leave_out(self, backend: str, precision: Precision, reason: str) -> None:
-        row = Contender(
-            cell=f"{self.request.name}-{self.target.name}-{backend}-{precision}",
-            backend=backend,
-            precision=precision,
-            target=self.target.name,
-            device=self.session.device_name,
-            model=self.request.name,
-            absent=reason,
-        )
-        self.absent.append(row)
 
 
 def _accuracy_margin(given: str, metric: str) -> str:
@@ -1730,25 +1312,3 @@ def _accuracy_margin(given: str, metric: str) -> str:
             f"--margin {given}: what decides here is accuracy, such as accuracy=-1pt; latency is compared, not judged"
         )
     return amount
-
-
-def _agreements(pairs: Sequence[Pair], output: str) -> dict[str, float]:
-    """Return the share of evaluation samples to which a candidate gives its baseline's arg-max, by cell."""
-    found = {new.run.cell: _agreement(old.run, new.run, output) for old, new in pairs}
-    return {cell: share for cell, share in found.items() if share is not None}
-
-
-def _agreement(baseline: Run, candidate: Run, output: str) -> float | None:
-    from safetensors.numpy import load_file
-
-    from edgedeploy.prepare.fidelity import compare
-
-    if baseline.outputs is None or candidate.outputs is None:
-        return None
-    files = [cache_dir() / "outputs" / f"{one.sha256}.safetensors" for one in (baseline.outputs, candidate.outputs)]
-    expected, actual = (
-        {name: values for name, values in load_file(file).items() if output in ("", name)} for file in files
-    )
-    names, source = (baseline.cell, candidate.cell), baseline.outputs.dataset
-    compared = compare(lambda _: expected, lambda _: actual, [expected], names=names, sample_source=source)
-    return next((one.argmax_agreement for one in compared.outputs if one.argmax_agreement is not None), None)

@@ -177,13 +177,13 @@ def compare_command(baseline: str, candidate: str, quiet: bool, as_json: bool, *
 
     Two artifact folders are measured interleaved now; two stored runs are compared as they are.
     """
-    from edgedeploy import pipeline
+    from edgedeploy import outcomes, pipeline
 
     forms = report_forms(options)
     outcome = pipeline.gate(
         candidate, baseline=baseline, is_explained=False, progress=console.progress(quiet), **options
     )
-    pipeline.write_reports(outcome, **forms)
+    outcomes.write_reports(outcome, **forms)
     show_outcome(outcome, as_json)
 
 
@@ -220,7 +220,7 @@ def gate_command(
     The exit code is the verdict: 0 PASS, 1 FAIL, 4 INCONCLUSIVE. With --aa it says whether the gate can be trusted: 1
     where it is proven to raise more false alarms than its error rate allows, else 0.
     """
-    from edgedeploy import pipeline
+    from edgedeploy import outcomes, pipeline
 
     if against_itself:
         return _gate_against_itself(Path(candidate or "edgedeploy.toml"), times, quiet, as_json, options)
@@ -232,7 +232,8 @@ def gate_command(
     outcome = pipeline.gate(
         candidate, baseline=baseline, is_explained=not no_explain, progress=console.progress(quiet), **options
     )
-    pipeline.write_reports(outcome, **forms)
+    was_measured = bool(outcome.artifacts)
+    outcomes.write_reports(outcome, **forms, kept_in=options["results"] if was_measured else None)
     return show_outcome(outcome, as_json)
 
 

@@ -117,7 +117,7 @@ def run_command(
 
     The exit code is the verdict: 0 PASS, 1 FAIL, 4 INCONCLUSIVE.
     """
-    from edgedeploy import pipeline
+    from edgedeploy import outcomes, pipeline
     from edgedeploy.arguments import names_from_text
     from edgedeploy.cli.measuring import show_outcome
 
@@ -161,9 +161,7 @@ def run_command(
             progress=board,
         )
     forms = report_forms(options)
-    # Always among the results too: history, serve and bundle look for verdicts there.
-    pipeline.write_reports(outcome, html=pipeline.report_path(outcome, outcome.results or results))
-    pipeline.write_reports(outcome, **forms)
+    outcomes.write_reports(outcome, **forms, kept_in=outcome.results or results)
     code = show_outcome(outcome, as_json)
     if (told := _ledger_line(outcome)) and not as_json:
         click.echo(told)

@@ -49,7 +49,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report_forms(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out of a command's options what `pipeline.write_reports` wants to know."""
+    """Take out of a command's options what `outcomes.write_reports` wants to know."""
     return {key: options.pop(key) for key in _KEYS}
 
 
@@ -74,15 +74,15 @@ def report_command(verdict: Path, results: Path | None, quiet: bool, as_json: bo
 
     Without any of the forms it is printed. The exit code says whether that worked, and not what the verdict is.
     """
-    from edgedeploy import pipeline
+    from edgedeploy import outcomes
 
-    outcome = pipeline.stored_outcome(
+    outcome = outcomes.stored_outcome(
         verdict,
         results=results,
         elsewhere=Path(console.setting("results", "bench_results")),
         progress=console.progress(quiet),
     )
-    pipeline.write_reports(outcome, **report_forms(options), is_stored=True)
+    outcomes.write_reports(outcome, **report_forms(options), is_stored=True)
     if as_json:
         files = {label: str(path) for label, path in outcome.files.items()}
         console.print_json({"format": "edgedeploy.report/1", "decision": outcome.verdict.decision, "files": files})

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from edgedeploy import pipeline
+from edgedeploy import outcomes, pipeline
 from edgedeploy.evidence import check, seal
 from edgedeploy.evidence.gather import PackRequest
 from edgedeploy.evidence.pack import pack, write_archive
@@ -60,7 +60,7 @@ def demo(folder: Path, public: Path, verdict: Path | None) -> dict[str, float]:
     if verdict is None:
         release = Path("edgedeploy/demo/edgedeploy.toml")
         outcome = pipeline.run(release, results=folder / "results", wait_s=600.0)
-        pipeline.write_reports(outcome, html=folder / "results/reports/demo.html")
+        outcomes.write_reports(outcome, html=folder / "results/reports/demo.html")
         verdict = folder / "results/reports/demo.json"
     key = seal.load_key(folder / "key.pem")
     out = folder / "demo.edb.tar"

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from edgedeploy import pipeline
+from edgedeploy.outcomes import Outcome
 from tests.benchmarks.models import chain
 
 MARGINS = ["latency_p50=+5%"]
@@ -48,7 +49,7 @@ def gates(count: int, baseline: Path, candidate: Path, label: str) -> dict[str, 
     }
 
 
-def _sides(outcome: pipeline.Outcome) -> tuple[object, object]:
+def _sides(outcome: Outcome) -> tuple[object, object]:
     cell = outcome.verdict.cells[0]
     return outcome.runs[cell.baseline_run], outcome.runs[cell.candidate_run]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from edgedeploy import journal, pipeline
 from edgedeploy.journal import SessionStep
+from edgedeploy.outcomes import Outcome
 from edgedeploy.records.session import BlockEnded
 from tests.testbed.plain import Plain
 
@@ -89,7 +90,7 @@ def main() -> None:
         print(json.dumps(figures(outcome, given.devices, wall_s, host_cpu_s)))
 
 
-def figures(outcome: pipeline.Outcome, devices: int, wall_s: float, host_cpu_s: float) -> dict[str, object]:
+def figures(outcome: Outcome, devices: int, wall_s: float, host_cpu_s: float) -> dict[str, object]:
     """Return the shares of the time between the first device's start and the last one's end."""
     begin = min(one.started_s for one in outcome.occupied)
     end = max(one.ended_s for one in outcome.occupied)

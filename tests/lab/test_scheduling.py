@@ -16,6 +16,7 @@ from edgedeploy import measure, pipeline
 from edgedeploy.errors import UsageError
 from edgedeploy.journal import Finished, SessionStep
 from edgedeploy.lab import health
+from edgedeploy.outcomes import Outcome
 from edgedeploy.records.session import BlockEnded
 from tests.spine.conftest import model, place  # noqa: F401 - fixtures
 from tests.spine.small_lab import QUICK, kill_runner, runners, write_lab, write_release
@@ -33,11 +34,11 @@ def site(model) -> Path:  # noqa: F811
     return model.parent
 
 
-def devices_of(outcome: pipeline.Outcome) -> dict[str, str]:
+def devices_of(outcome: Outcome) -> dict[str, str]:
     return {entry.cell: entry.device for entry in outcome.verdict.ledger}
 
 
-def states_of(outcome: pipeline.Outcome) -> dict[str, str]:
+def states_of(outcome: Outcome) -> dict[str, str]:
     return {entry.cell: entry.state for entry in outcome.verdict.ledger}
 
 

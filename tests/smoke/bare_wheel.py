@@ -12,6 +12,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+DEVELOPMENT = Path(sys.executable).with_name("edgedeploy")
 FORBIDDEN = ("torch", "onnx", "onnxruntime", "paramiko")
 
 
@@ -25,8 +26,8 @@ def run(*arguments: str | Path, expect: int = 0, cwd: Path | None = None) -> str
     return done.stdout + done.stderr
 
 
-def stored_runs(folder: Path) -> list[str]:
-    """Measure two artifacts of the fake back end with the development environment; return the files of their runs."""
+def stored_verdict(folder: Path) -> Path:
+    """Gate two artifacts of the fake back end with the development environment; return the file of the verdict."""
     sys.path.insert(0, str(ROOT))
     os.chdir(folder)
     os.environ["EDGEDEPLOY_CACHE_DIR"] = str(folder / "cache")
@@ -49,8 +50,27 @@ def stored_runs(folder: Path) -> list[str]:
         pipeline.compile(
             "tiny.onnx", target="fake-board", backend="fake", options=options, output=Path(name), name=name
         )
-    outcome = pipeline.gate("fast", baseline="slow", margins=["latency_p50=+20%"])
-    return list(outcome.runs)
+    run(DEVELOPMENT, "gate", "fast", "--baseline", "slow", "--margin", "latency_p50=+20%")
+    (report,) = (folder / "bench_results" / "reports").glob("*.json")
+    return report
+
+
+def check_bundle(edgedeploy: Path, verdict: Path, folder: Path) -> None:
+    """Pack a verdict where every extra is, and demand that the bare environment verifies it, and refuses another."""
+    key, public, bundle = folder / "release.pem", folder / "release.pub.pem", folder / "fast.edb.tar"
+    run(DEVELOPMENT, "bundle", "--new-key", key)
+    run(DEVELOPMENT, "bundle", verdict, "--version", "1.0.0", "--sign", key, "-o", bundle, cwd=folder)
+    elsewhere = folder / "customer"
+    elsewhere.mkdir()
+    told = run(edgedeploy, "verify", bundle, "--key", public, cwd=elsewhere)
+    if "verified" not in told or "judged again from its raw runs: the same" not in told:
+        sys.exit(f"verify says neither that the bundle holds nor that its verdict follows:\n{told}")
+    whole = bytearray(bundle.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    bundle.write_bytes(whole)
+    told = run(edgedeploy, "verify", bundle, "--key", public, expect=1, cwd=elsewhere)
+    if "is refused" not in told:
+        sys.exit(f"verify does not refuse a changed byte in a sentence:\n{told}")
 
 
 def main() -> None:
@@ -91,7 +111,9 @@ def main() -> None:
         told = run(edgedeploy, "compile", "mine:net", "--input", "x=1x1", "-o", "out", expect=3, cwd=elsewhere)
         if "pip install" not in told:
             sys.exit(f"compile does not say what to install:\n{told}")
-        baseline, candidate = (folder / file for file in stored_runs(folder))
+        verdict = stored_verdict(folder)
+        cell = json.loads(verdict.read_text())["cells"][0]
+        baseline, candidate = (folder / cell[side] for side in ("baseline_run", "candidate_run"))
         gate = [edgedeploy, "gate", candidate, "--baseline", baseline]
         run(*gate, "--margin", "latency_p50=+20%", "--html", "gate.html", "--junit", "gate.xml", cwd=elsewhere)
         run(
@@ -105,8 +127,9 @@ def main() -> None:
             expect=1,
             cwd=elsewhere,
         )
+        check_bundle(edgedeploy, verdict, folder)
         os.chdir(ROOT)
-    print("the bare wheel gates, lists and reports")
+    print("the bare wheel gates, lists, reports and verifies bundles")
 
 
 main()

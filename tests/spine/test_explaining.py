@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import edgedeploy.cli
-from edgedeploy import pipeline
+from edgedeploy import outcomes, pipeline
 from edgedeploy.documents import read_json
 from edgedeploy.errors import DeviceUnreachable, UsageError
 from edgedeploy.explain import explained
@@ -43,7 +43,7 @@ def test_a_latency_that_failed_is_explained_and_the_explanation_is_kept(compiled
     (stored,) = (place / "bench_results" / "explanations").iterdir()
     assert read_json(stored, Explanation, FORMAT) == found
     # What the verdict's file keeps is the same.
-    pipeline.write_reports(outcome, html="report.html")
+    outcomes.write_reports(outcome, html="report.html")
     assert json.loads((place / "report.json").read_text())["cells"][0]["explanation"]["format"] == FORMAT
     # Asked again by the verdict's name: compiled here, so both artifacts are in the cache by the keys that the runs hold.
     again, _ = pipeline.explain("report.json", passes=2)

@@ -15,14 +15,14 @@ from edgedeploy.lab import bundle, health
 from edgedeploy.lab.conversation import Agent
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.lab.inventory import load_lab
+from edgedeploy.outcomes import Outcome
 
-from .small_lab import QUICK, kill_runner, write_lab, write_release
+from .small_lab import kill_runner, measure_quickly, write_lab, write_release
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(measure, "_usual_schedule", lambda sides: QUICK)
-    monkeypatch.setattr(measure, "MEMORY_VISITS", 1)
+    measure_quickly(monkeypatch)
     monkeypatch.setattr(health, "_LOAD_SPAN_S", 0.02)
 
 
@@ -31,11 +31,11 @@ def site(model) -> Path:
     return model.parent
 
 
-def devices_of(outcome: pipeline.Outcome) -> dict[str, str]:
+def devices_of(outcome: Outcome) -> dict[str, str]:
     return {entry.cell: entry.device for entry in outcome.verdict.ledger}
 
 
-def states_of(outcome: pipeline.Outcome) -> dict[str, str]:
+def states_of(outcome: Outcome) -> dict[str, str]:
     return {entry.cell: entry.state for entry in outcome.verdict.ledger}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import edgedeploy.cli
-from edgedeploy import pipeline
+from edgedeploy import outcomes, pipeline
 from edgedeploy.errors import UsageError
 from edgedeploy.records.verdict import Verdict
 
@@ -103,6 +103,25 @@ def test_a_run_of_a_release_points_at_its_cells_in_the_file(model, capsys):
     assert result["level"] == "error"
 
 
+def test_a_gate_that_measured_keeps_its_verdict_among_the_results_and_one_of_stored_runs_does_not(judged):
+    kept = Path("bench_results/reports")
+    assert sorted(path.suffix for path in kept.iterdir()) == [".html", ".json"]
+    (verdict,) = kept.glob("*.json")
+    assert verdict.read_bytes() == (judged / "html.json").read_bytes()
+    assert verdict.with_suffix(".html").read_bytes() == (judged / "html.html").read_bytes()
+    cell = _verdict(verdict)["cells"][0]
+    judging = ("--baseline", cell["baseline_run"], "--margin", "latency_p50=+20%", "-q")
+    assert _cli("gate", cell["candidate_run"], *judging) == 0
+    assert list(kept.glob("*.json")) == [verdict]
+
+
+def test_a_verdict_is_kept_although_another_form_cannot_be_written(judged):
+    outcome = outcomes.stored_outcome("out/html.json")
+    with pytest.raises(UsageError, match="one file"):
+        outcomes.write_reports(outcome, csv="a.txt", markdown="a.txt", kept_in="kept")
+    assert len(list(Path("kept/reports").iterdir())) == 2
+
+
 def test_a_stored_verdict_is_rendered_again_with_its_runs(judged, capsys):
     assert (
         _cli("report", "out/html.json", "--markdown", "again.md", "--html", "again.html", "--csv", "again.csv", "-q")
@@ -154,11 +173,11 @@ def test_a_damaged_or_newer_verdict_is_a_sentence(place, capsys, text, said):
 
 
 def test_two_forms_in_one_file_and_an_address_of_no_web_are_refused(judged):
-    outcome = pipeline.stored_outcome("out/html.json")
+    outcome = outcomes.stored_outcome("out/html.json")
     with pytest.raises(UsageError, match="one file"):
-        pipeline.write_reports(outcome, html="a.html", markdown="./a.html")
+        outcomes.write_reports(outcome, html="a.html", markdown="./a.html")
     with pytest.raises(UsageError, match="one file"):
-        pipeline.write_reports(outcome, html="a.html", sarif="a.json")
+        outcomes.write_reports(outcome, html="a.html", sarif="a.json")
     with pytest.raises(UsageError, match="https"):
-        pipeline.write_reports(outcome, markdown="a.md", report_url="javascript:alert(1)")
+        outcomes.write_reports(outcome, markdown="a.md", report_url="javascript:alert(1)")
     assert not Path("a.html").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import edgedeploy
-from edgedeploy import pipeline
+from edgedeploy import outcomes, pipeline
 from edgedeploy.errors import UsageError
 
 from .test_pipeline import RELEASE
@@ -35,7 +35,7 @@ def test_a_model_is_compiled_measured_and_judged_by_paths_in_text(model):
         fast.folder, baseline=slow.folder, margins=["latency_p50=+20%"], max_blocks=6, results="kept"
     )
     assert outcome.verdict.decision == "PASS"
-    pipeline.write_reports(outcome, junit="out/a.xml", markdown="out/a.md", html="out/a.html")
+    outcomes.write_reports(outcome, junit="out/a.xml", markdown="out/a.md", html="out/a.html")
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.html", "a.json", "a.md", "a.xml"]
 
 

@@ -12,7 +12,7 @@ from edgedeploy.documents import encode_json
 from edgedeploy.errors import DocumentError, ModelError
 from edgedeploy.judge.gate import judge
 from edgedeploy.judge.scores import class_labels, predictions, score
-from edgedeploy.pipeline import Outcome, report_path
+from edgedeploy.outcomes import Outcome, report_path
 from edgedeploy.records.run import Conditions, Run
 from edgedeploy.results import Results, load_run
 from edgedeploy.storage import create_atomic, sha256_file

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from edgedeploy.arguments import parse_inputs
 from edgedeploy.errors import UsageError
-from edgedeploy.pipeline import _lost
+from edgedeploy.outcomes import lost_compression
 from edgedeploy.records.artifact import LayerReport, Port
 from edgedeploy.records.compression import KindStatement
 from edgedeploy.records.survival import SurvivalEntry, SurvivalReport
@@ -127,10 +127,10 @@ def test_reports_show_what_became_of_the_compression_and_escape_it():
 def test_a_verdict_says_which_side_has_lost_its_compression():
     cell = make_cell()
     artifacts = {cell.cell: an_artifact(statements=(LOST,)), cell.baseline_cell: an_artifact()}
-    assert _lost(cell, artifacts) == [
+    assert lost_compression(cell, artifacts) == [
         f"{cell.cell} has lost its compression (static int8): integer weights in 0 of 5 layers"
     ]
-    assert _lost(cell, {}) == []
+    assert lost_compression(cell, {}) == []
 
 
 def test_an_input_that_is_given_twice_is_refused():
