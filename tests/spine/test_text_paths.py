@@ -17,7 +17,7 @@ VERBS = {*edgedeploy.__all__} - {"__version__"} | {"compare_precisions", "plan",
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_no_verb_asks_for_a_path_alone(verb):
-    function = getattr(pipeline, verb, None) or getattr(edgedeploy, verb)
+    function = next(found for place in (pipeline, outcomes, edgedeploy) if (found := getattr(place, verb, None)))
     for parameter in inspect.signature(function).parameters.values():
         assert "Path" not in parameter.annotation.replace("AnyPath", ""), (verb, parameter)
 
