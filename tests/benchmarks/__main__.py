@@ -24,6 +24,7 @@ NAMES = (
     "plain_loop",
     "history_changes",
     "history_ten_thousand",
+    "dashboard_ten_thousand",
     "litert_cross_check",
     "efficientnet_lite0",
     "mobilenet_v2",
@@ -39,6 +40,9 @@ NAMES = (
     "gate_error_rates",
     "gate_family",
     "gate_on_local",
+    "aa_gates",
+    "gate_power",
+    "gate_replays",
 )
 
 

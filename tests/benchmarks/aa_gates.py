@@ -4,8 +4,8 @@
     python -m tests.benchmarks aa_gates -- --gates 20
 
 Each outcome is appended to a ledger at once, so that it can be stopped and goes on where it was; the figures are of all
-that the ledger holds. Blocks in which other processes used a core do not count, as in any gate: where the machine is
-never quiet, gates end INCONCLUSIVE, which is told beside the rate.
+that the ledger holds of this machine. Blocks in which other processes used a core do not count, as in any gate: where
+the machine is never quiet, gates end INCONCLUSIVE, which is told beside the rate.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 
 One session holds the baseline, the same again, and four slowed sides: in each round every side infers once, in a random
 order, so that each of the five gates is of interleaved pairs, as usual; that they share their baseline makes the gates
-of one session alike, and does nothing to the shares of one candidate over many sessions. Blocks are measured until all
-five are decided, or 16 have been; each gate is then judged by its own looks. The other rules get the same visits, all of
-them; rules that compare with a stored baseline get that of the session before.
+of one session alike, and does nothing to the shares of one candidate over many sessions. A candidate leaves the session
+as soon as its gate is decided, as a gate of its own would end; the last one leaves after 16 blocks. The other rules get
+the very visits that our gate judged; rules that compare with a stored baseline get that of the session before.
 
 Each session is appended to a ledger at once, so that it can be stopped and goes on where it was. The raw visits are kept
 beside (build/, not in git) for `gate_replays`.
@@ -31,14 +31,14 @@ from edgedeploy.judge.false_alarms import exact_interval
 from edgedeploy.judge.gate import is_decided, judge
 from edgedeploy.judge.margin import margin_from_text
 from edgedeploy.lab.visits import DUET
-from edgedeploy.records.run import Visit
+from edgedeploy.records.run import Run, Visit
 from edgedeploy.records.verdict import Policy
 from edgedeploy.results import utc_now
 from tests.benchmarks.__main__ import ROOT
 from tests.benchmarks.demo_artifact import demo_artifact
 from tests.benchmarks.gate_rules import RULES, alarms, medians
 from tests.benchmarks.ledger import FOLDER, Ledger
-from tests.benchmarks.slowed import Site, block_of, run_of, slowed_sides
+from tests.benchmarks.slowed import Site, block_of, run_of, slowdown, slowed_sides
 
 BASELINE = "baseline"
 CHANGES = {"+0 %": 0.0, "+2 %": 0.02, "+3 %": 0.03, "+5 %": 0.05, "+10 %": 0.10}
@@ -55,11 +55,13 @@ def one_session(built: Built, number: int, folder: Path, raw: Path, blocks: int)
     taken: dict[str, list[Visit]] = {label: [] for label in (BASELINE, *CHANGES)}
     with slowed_sides(built, {BASELINE: 0.0, **CHANGES}, folder) as site:
         for block in range(blocks):
-            for label, visit in block_of(site, DUET, limits, block=block, seed=number).items():
-                taken[label].append(visit)
-            if block + 1 >= policy.min_blocks and all(is_decided(*pair, policy) for pair in _pairs(built, site, taken)):
+            undecided = [label for label in CHANGES if not is_decided(*_pair(built, site, taken, label), policy)]
+            if not undecided:
                 break
-        said = {pair[1].cell: judge(*pair, policy) for pair in _pairs(built, site, taken)}
+            for label, visit in block_of(site, [BASELINE, *undecided], DUET, limits, block=block, seed=number).items():
+                taken[label].append(visit)
+        said = {label: judge(*_pair(built, site, taken, label), policy) for label in CHANGES}
+    really = slowdown(built, list(CHANGES.values()), folder)
     stored = _last_baseline(raw, number)
     keep = raw / f"{number:04}.json.gz"
     keep.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +70,13 @@ def one_session(built: Built, number: int, folder: Path, raw: Path, blocks: int)
     for label, cell in said.items():
         finding = next(one for one in cell.findings if one.metric == "latency_p50")
         gates[label] = {
+            "slowed by": really[CHANGES[label]],
             "decision": finding.decision,
             "units": finding.units,
             "effect": finding.effect,
             "low": finding.low,
             "high": finding.high,
-            "rules": alarms(taken[BASELINE], stored, taken[label]) if stored else None,
+            "rules": alarms(taken[BASELINE][: len(taken[label])], stored, taken[label]) if stored else None,
         }
     return {
         "utc": utc_now(),
@@ -86,13 +89,14 @@ def one_session(built: Built, number: int, folder: Path, raw: Path, blocks: int)
     }
 
 
-def _pairs(built: Built, site: Site, taken: dict[str, list[Visit]]) -> list[tuple[Any, Any]]:
-    baseline = run_of(built, site, BASELINE, taken[BASELINE], "s", is_baseline=True)
-    return [
-        (baseline, run_of(built, site, label, visits, "s", is_baseline=False))
-        for label, visits in taken.items()
-        if label != BASELINE
-    ]
+def _pair(built: Built, site: Site, taken: dict[str, list[Visit]], label: str) -> tuple[Run, Run]:
+    """Return a candidate's run, and the baseline's of the blocks in which that candidate was measured."""
+    candidate = taken[label]
+    baseline = taken[BASELINE][: len(candidate)]
+    return (
+        run_of(built, site, BASELINE, baseline, "s", is_baseline=True),
+        run_of(built, site, label, candidate, "s", is_baseline=False),
+    )
 
 
 def _last_baseline(raw: Path, number: int) -> list[Visit] | None:
@@ -118,6 +122,7 @@ def figures_of(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
             "gates": len(gates),
             "this gate": {name: decisions[name] / len(gates) for name in ("FAIL", "INCONCLUSIVE", "PASS")},
             "this gate, FAIL, 95 % interval": exact_interval(decisions["FAIL"], len(gates)),
+            "mean change within one process": statistics.fmean(gate["slowed by"] for gate in gates),
             "median change seen": statistics.median(effects) if effects else None,
             "median blocks used": statistics.median(gate["units"] for gate in gates),
             "alarms of other rules": {name: statistics.fmean(one[name] for one in told) for name in RULES if told},

@@ -49,7 +49,7 @@ def recorded(raw: Path) -> list[Recorded]:
         sides = raw_visits(path)
         counted = [
             (old, new)
-            for old, new in zip(sides[BASELINE], sides[SAME], strict=True)
+            for old, new in zip(sides[BASELINE], sides[SAME], strict=False)  # who is decided leaves the session
             if not (old.dropped or new.dropped)
         ]
         if counted:
