@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from edgedeploy.judge.estimate import Estimate, estimate_of_mean
+from edgedeploy.judge.family import holm
 from edgedeploy.records.artifact import LayerReport
 from edgedeploy.records.explanation import (
     Cause,
@@ -154,7 +155,8 @@ def speed_explanation(
         _difference(group, differences, baseline, candidate, macs, layers, resolution_s)
         for group, differences in zip(aligned, series, strict=True)
     ]
-    proven = _holm([group.p for group in groups])
+    # What could not be tested counts in the family, and is never proven.
+    proven = holm([1.0 if group.p is None else group.p for group in groups], ERROR_RATE)
     groups = [
         msgspec.structs.replace(group, is_proven=is_proven) for group, is_proven in zip(groups, proven, strict=True)
     ]
@@ -231,22 +233,6 @@ def _p_value(differences_s: Sequence[float], resolution_s: float) -> float | Non
     if estimate is None:
         return None
     return 1.0 if not estimate.effect else min(1.0, 2 * min(estimate.p_fail(0.0), estimate.p_pass(0.0)))
-
-
-def _holm(p_values: Sequence[float | None]) -> list[bool]:
-    """Return which hypotheses are rejected; what could not be tested counts in the family, and never is.
-
-    >>> _holm([0.001, 0.04, None])
-    [True, False, False]
-    """
-    rejected = [False] * len(p_values)
-    order = sorted(range(len(p_values)), key=lambda place: math.inf if (p := p_values[place]) is None else p)
-    for rank, place in enumerate(order):
-        p = p_values[place]
-        if p is None or p > ERROR_RATE / (len(p_values) - rank):
-            break
-        rejected[place] = True
-    return rejected
 
 
 def _is_certain(change: Change | None) -> bool:
