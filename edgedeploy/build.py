@@ -33,7 +33,7 @@ from edgedeploy.records.release import Declared
 from edgedeploy.records.survival import SurvivalReport
 from edgedeploy.records.target import BackendRules, Precision, QuantizationRules, Target, is_target, load_target
 from edgedeploy.results import utc_now
-from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, sha256_file
+from edgedeploy.storage import atomic_path, cache_dir, exchange, sha256_bytes, sha256_file
 
 Progress = Callable[[str], None]
 
@@ -391,6 +391,10 @@ class staging:
             except OSError:
                 if not self._final.exists():
                     raise
+            # In one step where the system can: another builder may be reading it this moment.
+            if exchange(self._work, self._final):
+                shutil.rmtree(self._work)
+                return
             stale = Path(tempfile.mkdtemp(prefix=".stale-", dir=self._final.parent))
             with contextlib.suppress(FileNotFoundError):
                 self._final.rename(stale / "entry")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -406,6 +407,36 @@ def test_a_builder_that_comes_second_replaces_what_the_first_one_wrote(tmp_path)
         assert (final / "manifest.json").read_text() == "first"
     assert (final / "manifest.json").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
+
+
+def test_who_reads_an_entry_while_others_replace_it_always_finds_one_whole(tmp_path):
+    final, is_over, missing = tmp_path / "entry", threading.Event(), []
+
+    def read() -> None:
+        while not is_over.is_set():
+            try:
+                assert (final / "manifest.json").read_text() == "whole"
+            except FileNotFoundError as error:
+                missing.append(error)
+
+    def write() -> None:
+        with build.staging(final) as work:
+            (work / "manifest.json").write_text("whole")
+
+    write()
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(500):
+        write()
+    is_over.set()
+    reader.join()
+    assert not missing
+    assert [path.name for path in tmp_path.iterdir()] == ["entry"]
+
+
+def test_where_folders_cannot_be_exchanged_they_are_replaced_in_two_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "exchange", lambda one, other: False)
+    test_a_builder_that_comes_second_replaces_what_the_first_one_wrote(tmp_path)
 
 
 def test_what_a_killed_builder_left_is_swept_once_it_is_old(tmp_path):
