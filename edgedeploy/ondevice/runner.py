@@ -2704,11 +2704,7 @@ def write_restore(root, entries):
     """Write down what is to be undone, so that it is on the disk when we return."""
     document = {"boot_id": read_text("/", "proc/sys/kernel/random/boot_id") or "", "entries": entries}
     write_whole(os.path.join(root, RESTORE_FILE), document, is_synced=True)
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(root)
 
 
 def restore_settings(root, sysroot, is_leftover=False):
@@ -3416,12 +3412,17 @@ def compiled_path(root):
 def compile_program(root):
     """Compile this file once: each process of a visit would do so again, for 60 ms on a PC and much more on a board."""
     path = compiled_path(root)
-    if os.path.isfile(path):
-        return
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        if stream.read(4) == importlib.util.MAGIC_NUMBER:
+            return
     shutil.rmtree(os.path.dirname(path), ignore_errors=True)
     os.makedirs(os.path.dirname(path), mode=0o700)
     with contextlib.suppress(OSError):  # a full disk: visits start all the same, from the source
-        py_compile.compile(os.path.abspath(__file__), path, doraise=True)
+        part = path + ".part"
+        py_compile.compile(os.path.abspath(__file__), part, doraise=True)
+        with open(part, "rb") as stream:  # else a power cut leaves the name and nothing behind it, for good
+            os.fsync(stream.fileno())
+        os.replace(part, path)
 
 
 def clear_builds(root):

@@ -389,6 +389,20 @@ def test_corrupt_object_is_sent_again(bench):
         block(agent, bench.side)
 
 
+@pytest.mark.parametrize("left", [b"", bytes(5000)], ids=["nothing", "zeros"])
+def test_a_compiled_runner_that_a_power_cut_left_without_its_bytes_is_compiled_again(bench, left):
+    with bench.connect():
+        pass
+    (compiled,) = (Path(bench.device.root) / "compiled").iterdir()
+    whole = compiled.read_bytes()
+    compiled.write_bytes(left)
+    with bench.connect() as agent:
+        ship(agent, bench.transport, bench.files)
+        assert block(agent, bench.side)
+    assert compiled.read_bytes() == whole
+    assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]
+
+
 def test_upload_that_was_cut_off_is_refused_and_deleted(bench):
     class Cut(LocalTransport):
         def put(self, local, remote, *, offset=0):
