@@ -67,7 +67,7 @@ test-runtimes: $(VENV)/.dev
 
 # sshd, PostgreSQL and Chromium of Debian's; what is missing is skipped, and says so.
 test-links: $(VENV)/.dev
-	$(PYTEST) -n 4 $(LINKS)
+	$(PYTEST) -n 3 $(LINKS)
 
 # LAB=all: the long tests too, half an hour in all.
 LAB ?= require
