@@ -37,6 +37,11 @@ from edgedeploy.storage import atomic_path, cache_dir, exchange, sha256_bytes, s
 
 Progress = Callable[[str], None]
 
+
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
 MANIFEST = "manifest.json"
 QUANTIZATION = "quantization.json"
 # What a device builds an artifact from, where the artifact is tied to the device.

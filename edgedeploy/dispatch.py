@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from edgedeploy.build import BuildRequest, Built, Progress, build
+from edgedeploy.build import BuildRequest, Built, Progress, build, silent
 from edgedeploy.engines import engine
 from edgedeploy.errors import (
     BackendMissing,
@@ -67,10 +67,6 @@ from edgedeploy.results import Results, load_run
 _CELL_ERRORS = (ModelError, ToolchainError, DeviceError)
 # How long devices get to be given back after Ctrl-C.
 _FAREWELL_S = 20.0
-
-
-def _silent(text: str) -> None:
-    """Tell nobody."""
 
 
 def progress_of(progress: Progress, device: str) -> Progress:
@@ -137,7 +133,7 @@ class SessionResult:
 
 def build_task(request: BuildRequest, progress: Progress | None = None) -> Built:
     """Build one artifact."""
-    return build(request, progress or _silent)
+    return build(request, progress or silent)
 
 
 def session_task(order: SessionOrder, progress: Progress | None = None, stop: Stop | None = None) -> SessionResult:
@@ -149,7 +145,7 @@ def session_task(order: SessionOrder, progress: Progress | None = None, stop: St
     """
     from edgedeploy.judge.gate import is_decided
 
-    progress, started_s = progress or _silent, time.monotonic()
+    progress, started_s = progress or silent, time.monotonic()
     request, steps = order.request, list(order.done)
     session = order.session or secrets.token_hex(8)
 
@@ -350,7 +346,7 @@ def dispatch(
     known: History | None = None,
     executor: Executor | None = None,
     builders: int = 1,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Dispatched:
     """Build every cell once and measure each pair on a device of its own choice or kind.
 

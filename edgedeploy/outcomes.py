@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edgedeploy.arguments import read_release, web_address
-from edgedeploy.build import Progress, stored_artifact
+from edgedeploy.build import Progress, artifact_in_cache, silent
 from edgedeploy.dispatch import Occupied
 from edgedeploy.documents import encode_json, line_number, read_json, write_json
 from edgedeploy.errors import DeviceError, UsageError
@@ -25,10 +25,6 @@ from edgedeploy.storage import atomic_path, cache_dir, sha256_bytes, write_atomi
 
 # What a verb takes for a file or a folder; a relative one starts at the working directory.
 AnyPath = str | Path
-
-
-def silent(text: str) -> None:
-    """Tell nobody."""
 
 
 def optional_path(given: AnyPath | None) -> Path | None:
@@ -186,9 +182,10 @@ def write_reports(
         "report": (html, page),
     }
     stored = html.with_suffix(".json") if html is not None and not is_stored else None
-    if kept_in is not None:  # first: a mistake in what else was asked for must not lose it
-        _write_text(report_path(outcome, kept_in), page())
-        write_json(report_path(outcome, kept_in).with_suffix(".json"), verdict)
+    kept = None if kept_in is None else report_path(outcome, kept_in)
+    if kept is not None:  # first: a mistake in what else was asked for must not lose it
+        _write_text(kept, page())
+        write_json(kept.with_suffix(".json"), verdict)
     places = [path.absolute() for path in (*(path for path, _ in forms.values()), stored) if path is not None]
     if len(places) != len(set(places)):
         raise UsageError("two forms of the report would be written into one file; give each a name of its own")
@@ -199,8 +196,7 @@ def write_reports(
     if stored is not None:
         write_json(stored, verdict)
         outcome.files["verdict"] = stored
-    elif kept_in is not None:
-        kept = report_path(outcome, kept_in)
+    elif kept is not None:
         outcome.files.update(report=kept, verdict=kept.with_suffix(".json"))
 
 
@@ -265,10 +261,5 @@ def stored_outcome(
 
 def _kept_manifests(runs: Iterable[Run]) -> dict[str, Artifact]:
     """Return the manifests of measured artifacts that the cache still has, by their digests."""
-    found: dict[str, Artifact] = {}
-    for reference in (run.artifact for run in runs):
-        if re.fullmatch(r"[0-9a-f]{64}", reference.key):  # it comes out of a file, and names a folder
-            artifact = stored_artifact(cache_dir() / "artifacts" / reference.key, reference.key)
-            if artifact is not None and artifact.sha256 == reference.sha256:
-                found[artifact.sha256] = artifact
-    return found
+    kept = (artifact_in_cache(run.artifact.key, run.artifact.sha256) for run in runs)
+    return {built.artifact.sha256: built.artifact for built in kept if built is not None}

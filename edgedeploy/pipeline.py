@@ -40,6 +40,7 @@ from edgedeploy.build import (
     canonical_model,
     deliver,
     load_artifact,
+    silent,
     this_target,
 )
 from edgedeploy.comparing import Comparing
@@ -57,7 +58,7 @@ from edgedeploy.judge.planning import blocks_by_cell
 from edgedeploy.lab.inventory import LOCAL, lab_path, load_lab
 from edgedeploy.lab.inventory import device as device_of
 from edgedeploy.measure import Evaluation, MeasureRequest
-from edgedeploy.outcomes import AnyPath, Outcome, Pair, StoredRun, judge_pairs, measure_and_store, optional_path, silent
+from edgedeploy.outcomes import AnyPath, Outcome, Pair, StoredRun, judge_pairs, measure_and_store, optional_path
 from edgedeploy.records.artifact import Artifact, OptionValue
 from edgedeploy.records.comparison import Comparison
 from edgedeploy.records.device import Device, Lab
